@@ -1,0 +1,501 @@
+"""The command line: ``napari-recon`` and ``python -m napari_recon.cli``.
+
+Heavy imports stand inside the commands, so that ``--help`` is quick. Results go to standard output (with ``--json`` as
+exactly one JSON object), everything else to standard error. Exit status 2 means bad input, 1 that something failed,
+130 that it was interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from napari_recon.jobs import ReconstructionJob
+    from napari_recon.jobs.messages import Finished
+    from napari_recon.scans import Scan
+
+app = typer.Typer(
+    name="napari-recon",
+    help="3D reconstruction from X-ray projections: FDK, SIRT, TV, and TV patch by patch, seen in napari or not.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+ScanPath = Annotated[Path, typer.Argument(metavar="SCAN", help="A scan: folder, .toml, .h5, .nxs or .mat.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+Views = Annotated[int | None, typer.Option(metavar="N", help="Evenly spaced views to keep.")]
+Binning = Annotated[int, typer.Option(metavar="N", help="N x N detector pixels become one.")]
+AxisOffset = Annotated[
+    float | None,
+    typer.Option(metavar="PX", help="Rotation axis, in unbinned pixels to the right of the detector's centre."),
+]
+Air = Annotated[
+    bool | None,
+    typer.Option("--air-normalisation/--no-air-normalisation", help="Bring the air beside the object to zero."),
+]
+Shape = Annotated[tuple[int, int, int] | None, typer.Option(metavar="D H W", help="Voxels along z, y, x.")]
+VoxelSize = Annotated[float | None, typer.Option(metavar="MM", help="Edge of a voxel in mm.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Seed = Annotated[int, typer.Option(help="Of whatever is random.")]
+
+
+@app.command()
+def demo(
+    screenshot: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Run to the end, save a picture of the window, and leave.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The sample scan in napari: FDK at once, then the partitioned reconstruction live."""
+    with _told(as_json) as say:
+        start = time.perf_counter()
+        from napari_recon.scans.errors import ScanError
+
+        if screenshot is not None and not screenshot.absolute().parent.is_dir():
+            raise ScanError(f"The folder of {screenshot} does not exist: create it, or choose another.")
+        try:
+            from napari_recon.widgets.demo import run_demo
+        except ImportError as error:
+            raise ScanError(
+                f"napari cannot open a window here ({error}): install it with pip install 'napari[pyqt6]'."
+            ) from error
+        status = run_demo(screenshot)
+        say({"screenshot": None if screenshot is None else str(screenshot), "seconds": time.perf_counter() - start})
+        if status:
+            raise typer.Exit(status)
+
+
+@app.command()
+def info(
+    scan: ScanPath,
+    views: Views = None,
+    binning: Binning = 1,
+    axis_offset: AxisOffset = None,
+    air_normalisation: Air = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a scan is, and what looks wrong with it."""
+    with _told(as_json) as say:
+        opened = _open(scan, views, binning, axis_offset, air_normalisation)
+        summary, warnings = opened.summary(), opened.checks()
+        if as_json:
+            say(
+                {
+                    "scan": str(scan),
+                    "name": opened.name,
+                    "summary": summary,
+                    "warnings": warnings,
+                    "notes": opened.notes,
+                }
+            )
+            return
+        print(opened.name)
+        width = max(map(len, summary))
+        for name, value in summary.items():
+            print(f"  {name:<{width}}  {value}")
+        for name, value in opened.notes.items():
+            print(f"  note: {name}: {value}")
+        for sentence in warnings:
+            print(f"  warning: {sentence}")
+
+
+@app.command()
+def reconstruct(
+    scan: ScanPath,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="VOLUME", help="A .tif or .ome.zarr to write.")],
+    method: Annotated[Literal["fdk", "sirt", "tv"], typer.Option(help="tv works patch by patch, see --patch.")] = "tv",
+    views: Views = None,
+    binning: Binning = 1,
+    axis_offset: AxisOffset = None,
+    air_normalisation: Air = None,
+    shape: Shape = None,
+    voxel_size: VoxelSize = None,
+    iterations: Annotated[int | None, typer.Option(metavar="N", help="Iterations, of sirt or tv.")] = None,
+    regularization: Annotated[
+        float | None,
+        typer.Option(metavar="R", help="Weight of the TV: 0.0003 keeps detail, 0.003 is smooth."),
+    ] = None,
+    patch: Annotated[
+        int | None, typer.Option(metavar="P", help="Edge of a patch in voxels; 0: the whole volume at once.")
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Project every patch; no normal operator.")] = False,
+    operator: Annotated[Path | None, typer.Option(metavar="FILE", help="A normal operator from fit-operator.")] = None,
+    passes: Annotated[int | None, typer.Option(metavar="N", help="Sweeps over the patches.")] = None,
+    window: Annotated[
+        Literal["ram-lak", "shepp-logan", "cosine", "hann"] | None, typer.Option(help="Ramp window, of fdk.")
+    ] = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Reconstruct a scan into a volume."""
+    with _told(as_json) as say:
+        from napari_recon.jobs.volumes import check_output
+        from napari_recon.scans.errors import ScanError
+
+        if exact and operator is not None:
+            raise ScanError("--exact and --operator exclude each other: give one of them.")
+        given = {
+            "iterations": iterations,
+            "regularization": regularization,
+            "patch": patch,
+            "operator": "exact" if exact else None if operator is None else str(operator),
+            "passes": passes,
+            "window": window,
+        }
+        parameters: dict[str, Any] = {
+            "method": method,
+            **{name: value for name, value in given.items() if value is not None},
+        }
+        if parameters.get("patch") == 0:
+            parameters["patch"] = None
+        check_output(output)
+        options: dict[str, Any] = {
+            "views": views,
+            "binning": binning,
+            "axis_offset": axis_offset,
+            "air_normalisation": air_normalisation,
+        }
+        job = _validated(
+            scan=scan,
+            options=options,
+            shape=shape,
+            voxel_size=voxel_size,
+            parameters=parameters,
+            device=device,
+            output=output,
+            seed=seed,
+        )
+        for sentence in _open(scan, **options).checks():
+            _note(f"warning: {sentence}")
+        finished = _run(job)
+        made = finished.provenance
+        if as_json:
+            say(
+                {
+                    "output": finished.output,
+                    "seconds": finished.seconds,
+                    "peak_memory": finished.peak_memory,
+                    "figures": finished.figures,
+                    "job": made["job"],
+                }
+            )
+        else:
+            from napari_recon.jobs.memory import readable
+
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in finished.figures.items())
+            print(f"{finished.output}: {shown}; {finished.seconds:.1f} s, at most {readable(finished.peak_memory)}")
+
+
+@app.command("fit-operator")
+def fit_operator(
+    scan: ScanPath,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="A .safetensors file to write.")],
+    views: Views = None,
+    binning: Binning = 1,
+    axis_offset: AxisOffset = None,
+    air_normalisation: Air = None,
+    shape: Shape = None,
+    voxel_size: VoxelSize = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Fit the normal operator of a scan: m and lambda, which stand for projecting to and fro."""
+    with _told(as_json) as say:
+        from napari_recon.scans.errors import ScanError
+
+        if output.suffix != ".safetensors":
+            raise ScanError(f"The operator file {output} must end in .safetensors.")
+        if output.is_dir() or not output.absolute().parent.is_dir():
+            raise ScanError(f"{output} cannot be written: its folder must exist, and it must not be a folder itself.")
+        start = time.perf_counter()
+        job = _validated(
+            scan=scan,
+            options={
+                "views": views,
+                "binning": binning,
+                "axis_offset": axis_offset,
+                "air_normalisation": air_normalisation,
+            },
+            shape=shape,
+            voxel_size=voxel_size,
+            device=device,
+            seed=seed,
+        )
+        from napari_recon.jobs.memory import peak_memory, plan_memory
+        from napari_recon.physics import XRayTransform
+        from napari_recon.physics.devices import resolve_device
+        from napari_recon.physics.normal import stream_normal_operator_fit
+
+        opened = _open(scan, views, binning, axis_offset, air_normalisation)
+        place = resolve_device(device)
+        plan = plan_memory(job, opened)
+        if not plan.fits:
+            raise ScanError(plan.sentence)
+        physics = XRayTransform.from_scan(opened, shape, voxel_size, place)
+        operator = None
+        with _bar() as bar:
+            bar("fitting the normal operator", "", None)
+            for update in stream_normal_operator_fit(physics, seed=seed):
+                operator = update.operator
+                error = update.figures.get("held_out")
+                told = "" if error is None else f"relative error {error:.2g}"
+                bar(None, f"{update.stage} {told}", update.step / update.total)
+        assert operator is not None
+        operator.save(output, physics)
+        errors = {name: float(value) for name, value in operator.errors.items()}
+        seconds = time.perf_counter() - start
+        if as_json:
+            say({"output": str(output), "errors": errors, "seconds": seconds, "peak_memory": peak_memory()})
+        else:
+            print(f"{output}: " + ", ".join(f"{k} {v:.3g}" for k, v in errors.items()) + f"; {seconds:.1f} s")
+
+
+@app.command()
+def simulate(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="walnut, shepp-logan, ellipsoids or blobs.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="A folder to make, Walnut layout.")],
+    size: Annotated[int, typer.Option(metavar="N", help="Voxels along an edge of the true volume.")] = 64,
+    views: Annotated[int, typer.Option(metavar="V", help="Projections over the full circle.")] = 90,
+    seed: Seed = 0,
+    photons: Annotated[
+        float | None, typer.Option(metavar="N", help="Photons a pixel without object; 0 for no noise.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Simulate a scan: exact line integrals, Poisson noise, and the true volume beside it."""
+    with _told(as_json) as say:
+        from napari_recon.learning.simulate import simulate as make
+
+        start = time.perf_counter()
+        more: dict[str, Any] = {} if photons is None else {"photons": photons or None}
+        make(kind, output, size=size, views=views, seed=seed, **more)
+        seconds = time.perf_counter() - start
+        if as_json:
+            say({"output": str(output), "seconds": seconds})
+        else:
+            print(f"{output}: {views} views of {kind}, {seconds:.1f} s")
+
+
+@app.command()
+def compare(
+    volumes: Annotated[list[Path], typer.Argument(metavar="VOLUME...", help="Volumes to judge.")],
+    reference: Annotated[Path, typer.Option(metavar="REFERENCE", help="What they are compared with.")],
+    radius: Annotated[
+        float | None,
+        typer.Option(metavar="MM", help="Field of view about the axis; by default half the width."),
+    ] = None,
+    data_range: Annotated[
+        float | None,
+        typer.Option(help="Range of values of PSNR and SSIM; by default the reference's."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """PSNR, SSIM and normalised error of volumes, on the reference's grid and inside a field of view."""
+    with _told(as_json) as say:
+        from napari_recon.jobs.quality import compare_volumes, field_of_view, on_grid
+        from napari_recon.jobs.volumes import read_volume
+
+        truth = read_volume(reference)
+        inside = field_of_view(truth.grid, radius)
+        rows = []
+        for path in volumes:
+            volume = read_volume(path)
+            figures = compare_volumes(on_grid(volume, truth.grid), truth.data, inside, data_range)
+            rows.append({"volume": str(path), **figures})
+        radius = radius if radius is not None else min(truth.grid.extent[1:]) / 2
+        view = {"field_of_view_radius_mm": radius, "field_of_view_voxels": int(inside.sum()) * len(truth.data)}
+        if as_json:
+            say({"reference": str(reference), **view, "volumes": rows})
+            return
+        for row in rows:
+            print(
+                f"{row['volume']}: PSNR {row['psnr']:.2f} dB, SSIM {row['ssim']:.4f} (mean of slices), "
+                f"NRMSE {row['nrmse']:.4f}"
+            )
+        print(f"data range {rows[0]['data_range']:.4g}, field of view of radius {radius:.4g} mm")
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A benchmark, or 'all'.")],
+    as_json: AsJson = False,
+) -> None:
+    """Run a benchmark of a source checkout."""
+    with _told(as_json) as say:
+        import importlib
+
+        import napari_recon
+        from napari_recon.scans.errors import ScanError
+
+        folder = Path(napari_recon.__file__).parent.parent / "benchmarks"
+        names = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+        if not names:
+            raise ScanError("The benchmarks are part of a source checkout, not of the installed package: clone it.")
+        if name != "all" and name not in names:
+            raise ScanError(f"There is no benchmark {name!r}: choose one of {', '.join(names)}, or all.")
+        sys.path.insert(0, str(folder.parent))
+        results = {}
+        for chosen in names if name == "all" else [name]:
+            # A benchmark prints its own table, which with --json would be in the way of the one object.
+            with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+                results[chosen] = importlib.import_module(f"benchmarks.{chosen}").run()
+        if as_json:
+            say(results if name == "all" else {"benchmark": name, "rows": results[name]})
+
+
+# -- what the commands share ---------------------------------------------------------------------------------------
+
+
+def _open(
+    path: Path, views: int | None, binning: int, axis_offset: float | None, air_normalisation: bool | None
+) -> Scan:
+    from napari_recon.scans import open_scan
+
+    return open_scan(path, views=views, binning=binning, axis_offset=axis_offset, air_normalisation=air_normalisation)
+
+
+def _validated(**fields: Any) -> ReconstructionJob:
+    """The job, or a ScanError that names the option that will not do."""
+    from pydantic import ValidationError
+
+    from napari_recon.jobs.job import ReconstructionJob
+    from napari_recon.scans.errors import ScanError
+
+    try:
+        return ReconstructionJob(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = next(part for part in reversed(first["loc"]) if isinstance(part, str))
+        option = "--" + name.replace("_", "-")
+        if first["type"] == "extra_forbidden":
+            raise ScanError(
+                f"{option} is no option of method {fields['parameters']['method']!r}: leave it out."
+            ) from None
+        problem = first["msg"][0].lower() + first["msg"][1:]
+        raise ScanError(f"{option} {first['input']} will not do: {problem}.") from None
+
+
+def _run(job: ReconstructionJob) -> Finished:
+    """Run a job with a progress bar; anything but its finish ends the command."""
+    from napari_recon.jobs.messages import Failed, Finished, Notice, Progress, Stage
+    from napari_recon.jobs.run import run_job
+    from napari_recon.scans.errors import ScanError
+
+    with _bar() as bar:
+        for message in run_job(job):
+            if isinstance(message, Stage):
+                bar(message.name, message.detail, None)
+            elif isinstance(message, Progress):
+                residual = message.figures.get("residual")
+                bar(None, "" if residual is None else f"residual {residual:.3g}", message.step / max(1, message.total))
+            elif isinstance(message, Notice):
+                _note(message.text)
+            elif isinstance(message, Finished):
+                return message
+            elif isinstance(message, Failed):
+                if message.kind == "input":
+                    raise ScanError(message.text)
+                raise _JobFailed(message.text, message.detail if message.kind == "bug" else "")
+    raise _JobFailed("The job was cancelled; nothing was written.", "")
+
+
+class _JobFailed(Exception):
+    """A job ended in something else than bad input."""
+
+
+@contextlib.contextmanager
+def _told(as_json: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What every command runs inside: errors become one sentence, and results one JSON object."""
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it comments on damaged files, and we say it ourselves
+
+    def say(result: dict[str, Any]) -> None:
+        if as_json:
+            print(json.dumps(_plain(result)))
+
+    def leave(sentence: str, status: int) -> NoReturn:
+        say({"error": sentence})
+        _note(sentence)
+        raise typer.Exit(status)
+
+    from napari_recon.scans.errors import ScanError
+
+    try:
+        yield say
+    except ScanError as error:
+        leave(str(error), 2)
+    except _JobFailed as error:
+        if error.args[1]:
+            _note(error.args[1])
+        leave(error.args[0], 1)
+    except KeyboardInterrupt:
+        leave("Interrupted; nothing was written.", 130)
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON knows it: no NumPy, no NaN."""
+    if isinstance(value, dict):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if hasattr(value, "item") and not isinstance(value, str):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Callable[[str | None, str, float | None], None]]:
+    """A progress bar on standard error where that is a terminal: called with (stage, detail, fraction)."""
+    if not sys.stderr.isatty():
+        yield lambda stage, detail, fraction: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=None, detail="")
+
+        def show(stage: str | None, detail: str, fraction: float | None) -> None:
+            if stage is not None:
+                progress.reset(task, description=stage, total=None, detail=detail)
+            if fraction is not None:
+                progress.update(task, total=1.0, completed=fraction, detail=detail)
+
+        yield show
+
+
+def main() -> None:
+    """Entry point of the command ``napari-recon``."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

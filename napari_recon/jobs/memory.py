@@ -1,0 +1,253 @@
+"""What a job will need of memory, told from shapes before a single frame is read; and what it took."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from napari_recon.jobs.job import ReconstructionJob, TVParameters
+
+if TYPE_CHECKING:
+    from napari_recon.scans import Geometry, Grid, Scan
+
+_FLOAT = 4
+_BATCH = 64 * 2**20
+"""How much of the projections is read, and filtered, at a time."""
+_CUDA_LIBRARIES = 2 * 2**30
+_FULL = 0.9
+"""How much of the free memory a job may plan to take."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a job will need.
+
+    Attributes
+    ----------
+    host_bytes
+        Of the machine's memory, beyond what is in use now.
+    device_bytes
+        Of the GPU's memory; 0 when the CPU computes.
+    available_bytes
+        What is free of the memory that is tighter.
+    fits
+        Whether the job may start.
+    items
+        Bytes by what they are for; those on the GPU begin with "GPU: ".
+    sentence
+        The plan for a person: what is needed and free and, where it does not fit, what to change.
+    """
+
+    host_bytes: int
+    device_bytes: int
+    available_bytes: int
+    fits: bool
+    items: dict[str, int] = field(default_factory=dict)
+    sentence: str = ""
+
+
+def plan_memory(job: ReconstructionJob, scan: Scan | None = None) -> MemoryPlan:
+    """Plan a job's memory from shapes; nothing is read and nothing allocated.
+
+    Parameters
+    ----------
+    job
+        The job.
+    scan
+        The job's scan where it is open already; otherwise it is opened, which reads headers only.
+
+    Raises
+    ------
+    ScanError
+        If the scan cannot be opened or the grid is impossible.
+    """
+    if scan is None:
+        from napari_recon.scans import open_scan
+
+        scan = open_scan(job.scan, job.options)
+    grid = scan.default_grid(job.shape, job.voxel_size)
+    on_gpu = _gpu_free(job.device) is not None
+    items = _items(job, scan.geometry, grid, on_gpu)
+    host = sum(n for name, n in items.items() if not name.startswith("GPU: "))
+    device = sum(n for name, n in items.items() if name.startswith("GPU: "))
+    free_host, free_device = available_memory(), _gpu_free(job.device) or 0
+    fits_host, fits_device = host <= _FULL * free_host, device <= _FULL * free_device
+    tight = fits_host and on_gpu
+    needed, free, where = (device, free_device, "GPU memory") if tight else (host, free_host, "memory")
+    shape = " x ".join(map(str, grid.shape))
+    if fits_host and (fits_device or not on_gpu):
+        sentence = f"Needs about {readable(needed)} of {readable(free)} free {where}."
+    else:
+        sentence = (
+            f"A volume of {shape} voxels from {scan.geometry.views} projections needs about {readable(needed)} of "
+            f"{where} and {readable(free)} are free: {_remedy(job, scan.geometry, grid, items, needed, free)}."
+        )
+    return MemoryPlan(host, device, free, fits_host and (fits_device or not on_gpu), items, sentence)
+
+
+def _items(job: ReconstructionJob, geometry: Geometry, grid: Grid, on_gpu: bool) -> dict[str, int]:
+    """Bytes by purpose: what stays while the job runs, and the one step that takes most beyond that.
+
+    How many volumes and sets of projections a step takes was counted by running it (see the tests).
+    """
+    rows, columns = geometry.detector_shape
+    projections = geometry.views * rows * columns * _FLOAT
+    volume = grid.voxels * _FLOAT
+    parameters = job.parameters
+    stay = {"projections": projections, "start": volume}
+    steps = {
+        "filtering and back projection": volume + 4 * min(projections, _BATCH),
+        "measuring": round(2.5 * volume) + projections // 4,
+    }
+    if parameters.method == "sirt":
+        steps["iteration"] = 8 * volume + 4 * projections
+    elif isinstance(parameters, TVParameters) and parameters.patch is None:
+        steps["iteration"] = 22 * volume + 5 * projections
+    elif isinstance(parameters, TVParameters):
+        patch = math.prod(min(parameters.patch, n) for n in grid.shape) * _FLOAT
+        steps["patches"] = 13 * volume + 2 * projections + 30 * patch
+        if parameters.operator != "exact":
+            padded = math.prod(2 * n for n in grid.shape) * _FLOAT
+            stay["normal operator"] = padded // 2 + volume
+            steps["patches"] += 8 * 8 * patch  # spectra of twice the patch
+            if parameters.operator == "fit":
+                steps["fitting the normal operator"] = 28 * padded + 2 * projections
+    fullest = max(steps, key=lambda name: steps[name])
+    at_work = {**stay, fullest: steps[fullest]}
+    shown = {"shown volumes": volume * (1 if parameters.method == "fdk" else 2)}
+    reading = {"reading": 3 * min(projections, _BATCH)}
+    if not on_gpu:
+        return {**shown, **reading, **at_work}
+    return {
+        "libraries": _CUDA_LIBRARIES,
+        **shown,
+        "reading": reading["reading"] + projections + volume,
+        **{f"GPU: {name}": n for name, n in at_work.items()},
+    }
+
+
+def _remedy(
+    job: ReconstructionJob, geometry: Geometry, grid: Grid, items: dict[str, int], needed: int, free: int
+) -> str:
+    """What to change so that it fits, as the end of a sentence."""
+    rows, columns = geometry.detector_shape
+    projections = geometry.views * rows * columns * _FLOAT
+    advice = []
+    fixed = 8 * projections
+    if fixed < _FULL * free and needed > fixed:
+        factor = ((needed - fixed) / (_FULL * free - fixed)) ** (1 / 3)
+        advice.append(f"choose a voxel size of at least {_up(grid.voxel_size * factor):g} mm (or a smaller shape)")
+    else:
+        advice.append("choose a larger voxel size (or a smaller shape)")
+    if projections > 0.1 * needed or fixed >= _FULL * free:
+        advice.append("more binning or fewer views")
+    parameters = job.parameters
+    if isinstance(parameters, TVParameters):
+        if parameters.patch is None:
+            advice.append("a patch of 64")
+        elif 94 * math.prod(min(parameters.patch, n) for n in grid.shape) * _FLOAT > 0.1 * needed:
+            advice.append("a smaller patch")
+    if any(name.startswith("GPU: ") for name in items):
+        advice.append("the device 'cpu'")
+    return advice[0] if len(advice) == 1 else ", ".join(advice[:-1]) + ", or " + advice[-1]
+
+
+def _up(value: float) -> float:
+    """The value rounded up to two digits."""
+    scale = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return round(math.ceil(value / scale) * scale, 12)
+
+
+def readable(size: float) -> str:
+    """Bytes for a person: 1.3 GB."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if size >= factor:
+            return f"{size / factor:.3g} {unit}"
+    return f"{size / 1e3:.3g} kB"
+
+
+# -- what the machine has ------------------------------------------------------------------------------------------
+
+
+def available_memory() -> int:
+    """Free host memory in bytes: the system's, or this container's where that is less."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            free = min(free, max(0, int(Path(limit).read_text()) - int(Path(used).read_text())))
+        except (OSError, ValueError):  # no such container, or no limit ("max")
+            continue
+    return free
+
+
+def _gpu_free(device: str) -> int | None:
+    """Free memory of the GPU that ``device`` stands for, or None where the CPU computes.
+
+    torch is imported only where a GPU may be: the docks ask for a plan, and a viewer does without torch.
+    """
+    if device == "cpu" or ("torch" not in sys.modules and not _has_nvidia()):
+        return None
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.mem_get_info(None if device == "auto" else torch.device(device))[0])
+
+
+def _has_nvidia() -> bool:
+    return sys.platform == "win32" or Path("/proc/driver/nvidia").exists() or Path("/dev/nvidiactl").exists()
+
+
+# -- what this process took ----------------------------------------------------------------------------------------
+
+
+def reset_peak() -> None:
+    """Count the peak from now on, where the system allows it (Linux); a warm process runs many jobs."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """Peak resident memory of this process in bytes, since :func:`reset_peak` where that worked."""
+    try:
+        # Not getrusage, which on Linux still counts what the parent had when it forked.
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if found:
+            return int(found[1]) * 1024
+    except OSError:
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) * (1 if sys.platform == "darwin" else 1024)
+
+
+def release_memory() -> None:
+    """Give back what the last job freed: glibc and torch keep it otherwise."""
+    import gc
+
+    gc.collect()
+    if "torch" in sys.modules:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        import ctypes
+
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,0 +1,1 @@
+"""Phantoms and simulated scans; networks and their training come with the learned methods."""

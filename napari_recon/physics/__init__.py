@@ -1,0 +1,17 @@
+"""The measurement operator A, its adjoint and their stand-ins, each a deepinv LinearPhysics."""
+
+from napari_recon.physics.normal import (
+    DiagCirculantWrapper,
+    DiagonalCirculantWrapper,
+    NormalOperator,
+    fit_normal_operator,
+)
+from napari_recon.physics.xray import XRayTransform
+
+__all__ = [
+    "DiagCirculantWrapper",
+    "DiagonalCirculantWrapper",
+    "NormalOperator",
+    "XRayTransform",
+    "fit_normal_operator",
+]

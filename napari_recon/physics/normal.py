@@ -1,0 +1,241 @@
+"""The normal operator as a physics: what deepinv's algorithms need to work with H in place of AᵀA.
+
+The operator itself is in :mod:`~napari_recon.physics.normal_operator`, its fit in
+:mod:`~napari_recon.physics.normal_fit`; their public names are here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from deepinv.optim.linear import conjugate_gradient
+from deepinv.physics import LinearPhysics
+from torch import Tensor
+
+from napari_recon.physics.devices import resolve_device
+from napari_recon.physics.normal_fit import Distribution, FitUpdate, fit_normal_operator, stream_normal_operator_fit
+from napari_recon.physics.normal_operator import NormalOperator, describe_physics, fft_shape
+from napari_recon.scans.errors import ScanError
+
+__all__ = [
+    "DiagCirculantWrapper",
+    "DiagonalCirculantWrapper",
+    "Distribution",
+    "FitUpdate",
+    "NormalOperator",
+    "NormalPhysics",
+    "describe_physics",
+    "fft_shape",
+    "fit_normal_operator",
+    "stream_normal_operator_fit",
+]
+
+
+class NormalPhysics(LinearPhysics):
+    """A physics that stands for the normal equations: its A is a normal operator N, its adjoint the identity.
+
+    With b = Aᵀy as its measurement, the gradient of deepinv's L2 fidelity, A_adjoint(A(x) − b), is N x − b: that of
+    ½‖Ax − y‖², without the projections. The fidelity's proximal operator and the pseudo-inverse solve with N likewise,
+    so that every algorithm with an L2 fidelity works unchanged. (The *value* of the L2 fidelity, ½‖N x − b‖², is not
+    that of the data term; line searches on it are off.)
+
+    Parameters
+    ----------
+    normal
+        N, symmetric, on volumes (B, C, *spatial).
+    img_size
+        (C, *spatial).
+    context
+        A volume (B, C, *spatial) near the solution, from which the pseudo-inverse starts; None starts at zero.
+    """
+
+    def __init__(
+        self,
+        normal: Callable[[Tensor], Tensor] | None = None,
+        img_size: tuple[int, ...] | None = None,
+        context: Tensor | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        super().__init__(img_size=img_size, device=device)
+        self.normal = normal
+        self.context = context
+
+    def A(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """N x."""
+        assert self.normal is not None
+        return self.normal(x)
+
+    def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
+        """The measurement b is Aᵀy already: nothing is done to it."""
+        return y
+
+    def prox_l2(  # type: ignore[override]
+        self,
+        z: Tensor | float | None,
+        y: Tensor,
+        gamma: float | Tensor,
+        max_iter: int = 30,
+        tol: float = 1e-4,
+        **kwargs: Any,
+    ) -> Tensor:
+        """argmin_x γ (½⟨x, N x⟩ − ⟨x, b⟩) + ½‖x − z‖²: conjugate gradients on γ N + 1."""
+        if not isinstance(z, Tensor):
+            z = torch.full_like(y, 0.0 if z is None else float(z))
+        if isinstance(gamma, Tensor) and gamma.ndim:
+            gamma = gamma.reshape(-1, *[1] * (y.ndim - 1))
+        return conjugate_gradient(
+            lambda x: gamma * self.A(x) + x, z + gamma * y, max_iter=max_iter, tol=tol, eps=1e-30, init=z
+        )
+
+    def A_dagger(self, y: Tensor, max_iter: int = 10, tol: float = 1e-4, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """An x with N x ≈ b: a few conjugate-gradient steps from the context; more would fit the noise."""
+        return conjugate_gradient(self.A, y, max_iter=max_iter, tol=tol, eps=1e-30, init=self.context)
+
+
+class DiagCirculantWrapper(NormalPhysics):
+    """H in place of AᵀA as a deepinv physics: ``A(x) = scaling · H x``, whose measurement is ``backproject(y)``.
+
+    Parameters
+    ----------
+    physics
+        What H stands for; gives ``backproject``, and PartitionedReconstructor its exact gradient.
+    img_size
+        (C, D, H, W) or (D, H, W); by default the physics'.
+    scaling
+        Of the data term, for instance 1/‖A‖² so that a step of 1 is safe.
+    device
+        Where m and λ live.
+    operator
+        From :func:`fit_normal_operator`; or its two tensors:
+    fourier_filter, spatial_mask
+        λ and m, in the form that ``symmetric`` says. All of them may be set later, by :meth:`set_operator`, or passed
+        with each call of a reconstructor or of :meth:`A`.
+    """
+
+    operator: NormalOperator | None = None
+
+    def __init__(
+        self,
+        physics: LinearPhysics | None = None,
+        img_size: Sequence[int] | None = None,
+        scaling: float = 1.0,
+        device: str | torch.device = "cpu",
+        operator: NormalOperator | None = None,
+        fourier_filter: Tensor | None = None,
+        spatial_mask: Tensor | None = None,
+        symmetric: bool = True,
+    ) -> None:
+        size = img_size if img_size is not None else getattr(physics, "img_size", None)
+        super().__init__(
+            img_size=tuple(int(n) for n in size) if size is not None else None, device=resolve_device(device)
+        )
+        self.physics = physics
+        self.scaling, self.symmetric = float(scaling), bool(symmetric)
+        if operator is not None or fourier_filter is not None or spatial_mask is not None:
+            self.set_operator(operator, fourier_filter=fourier_filter, spatial_mask=spatial_mask)
+
+    def set_operator(
+        self,
+        operator: NormalOperator | None = None,
+        *,
+        fourier_filter: Tensor | None = None,
+        spatial_mask: Tensor | None = None,
+    ) -> None:
+        """Set H, whole or as its two tensors.
+
+        Raises
+        ------
+        ScanError
+            If one of the tensors is missing, or they do not belong to ``img_size``.
+        """
+        self.operator = self._resolve(operator, fourier_filter, spatial_mask)
+
+    @property
+    def fourier_filter(self) -> Tensor | None:
+        """The filter λ."""
+        return None if self.operator is None else self.operator.fourier_filter
+
+    @property
+    def spatial_mask(self) -> Tensor | None:
+        """The mask m."""
+        return None if self.operator is None else self.operator.spatial_mask
+
+    def resolve(
+        self,
+        operator: NormalOperator | None = None,
+        fourier_filter: Tensor | None = None,
+        spatial_mask: Tensor | None = None,
+    ) -> NormalOperator:
+        """The operator that is meant: what is passed, else what was set; a :class:`ScanError` if there is neither."""
+        if operator is None and fourier_filter is None and spatial_mask is None:
+            if self.operator is None:
+                raise ScanError(
+                    "This DiagCirculantWrapper has no λ and m yet; pass fourier_filter and spatial_mask (from "
+                    "fit_normal_operator), or set them by set_operator."
+                )
+            return self.operator
+        return self._resolve(operator, fourier_filter, spatial_mask)
+
+    def _resolve(
+        self, operator: NormalOperator | None, fourier_filter: Tensor | None, spatial_mask: Tensor | None
+    ) -> NormalOperator:
+        if operator is None:
+            own = self.operator
+            fourier_filter = own.fourier_filter if fourier_filter is None and own is not None else fourier_filter
+            spatial_mask = own.spatial_mask if spatial_mask is None and own is not None else spatial_mask
+            if fourier_filter is None or spatial_mask is None:
+                raise ScanError("The normal operator needs both fourier_filter (λ) and spatial_mask (m); pass the two.")
+            if own is not None and fourier_filter is own.fourier_filter and spatial_mask is own.spatial_mask:
+                return own  # with the patch filters that it keeps
+            operator = NormalOperator(spatial_mask, fourier_filter, self.symmetric)
+        if self.img_size is not None and tuple(self.img_size[-operator.dims :]) != operator.shape:
+            raise ScanError(
+                f"The normal operator is for volumes of {operator.shape} voxels, the wrapper for "
+                f"{tuple(self.img_size[-operator.dims :])}; fit it for this volume."
+            )
+        return operator.to(self._device_holder.device)
+
+    def A(
+        self,
+        x: Tensor,
+        fourier_filter: Tensor | None = None,
+        spatial_mask: Tensor | None = None,
+        operator: NormalOperator | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """H x, times scaling."""
+        return self.resolve(operator, fourier_filter, spatial_mask).apply(x) * self.scaling
+
+    def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
+        """The measurement itself, which must be ``backproject(projections)``.
+
+        Raises
+        ------
+        ScanError
+            If it has not a volume's shape: projections, most likely.
+        """
+        shape = self.operator.shape if self.operator is not None else self.img_size
+        if shape is not None and tuple(y.shape[2:]) != tuple(shape[-(y.ndim - 2) :]):
+            raise ScanError(
+                f"DiagCirculantWrapper measures volumes, but was given {tuple(y.shape)}; pass wrapper.backproject(y) "
+                "in place of the projections y (PartitionedReconstructor takes y itself)."
+            )
+        return y
+
+    def backproject(self, y: Tensor) -> Tensor:
+        """The measurement b = scaling · Aᵀy that belongs to this physics."""
+        if self.physics is None:
+            raise ScanError("This DiagCirculantWrapper was made without a physics, so that it cannot back-project.")
+        return self.physics.A_adjoint(y) * self.scaling
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> DiagCirculantWrapper:
+        super()._apply(fn, *args, **kwargs)
+        if self.operator is not None:  # follows the module from device to device
+            self.operator = self.operator.to(self._device_holder.device)
+        return self
+
+
+DiagonalCirculantWrapper = DiagCirculantWrapper
+"""The same class under its long name."""

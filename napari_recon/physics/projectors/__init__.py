@@ -1,0 +1,58 @@
+"""The kernels, by device: every projector does forward, adjoint, normal and FDK's back projection of one volume."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from napari_recon.physics.projectors.numba_cpu import NumbaProjector, kernel_lock
+from napari_recon.physics.projectors.rays import Rays
+from napari_recon.physics.projectors.torch_any import TorchProjector
+from napari_recon.scans.geometry import Geometry
+from napari_recon.scans.grid import Grid
+
+__all__ = ["NumbaProjector", "Projector", "Rays", "TorchProjector", "kernel_lock", "projector_for", "warm_up"]
+
+
+class Projector(Protocol):
+    """What kernels for a device offer; tensors are float32 on that device, one volume at a time."""
+
+    rays: Rays
+
+    def forward(self, volume: Tensor) -> Tensor:
+        """(D, H, W) -> (rows, views, columns)."""
+
+    def adjoint(self, projections: Tensor) -> Tensor:
+        """(rows, views, columns) -> (D, H, W), exactly the transpose of forward."""
+
+    def normal(self, volume: Tensor) -> Tensor:
+        """adjoint(forward(volume)) with memory for a batch of views."""
+
+    def filtered_buffer(self, views: int, rows: int) -> tuple[Any, Tensor]:
+        """A buffer for back projection and its inside as (rows, views, columns)."""
+
+    def backproject(self, buffer: Any, first_view: int, first_row: int, out: Tensor) -> None:
+        """Add FDK's weighted back projection of a filled buffer to ``out`` (D, H, W)."""
+
+
+def projector_for(rays: Rays, device: torch.device) -> Projector:
+    """The kernels for a device: numba on the CPU, torch elsewhere."""
+    return NumbaProjector(rays) if device.type == "cpu" else TorchProjector(rays, device)
+
+
+def warm_up() -> None:
+    """Compile the CPU kernels, or load them from numba's cache, so that no person waits for it later (seconds)."""
+    angles = np.arange(0.0, 360.0, 30.0)
+    straight = Geometry.cone(angles, (4, 5), 1.0, 20.0, 30.0)
+    tilted = straight.vectors.copy()
+    tilted[:, 8] += 0.01
+    for geometry in (straight, Geometry(tilted, (4, 5), "cone")):
+        projector = NumbaProjector(Rays(geometry, Grid((4, 4, 4), 1.0)))
+        volume = torch.ones(4, 4, 4)
+        projector.adjoint(projector.forward(volume))
+        projector.normal(volume)
+        buffer, _ = projector.filtered_buffer(geometry.views, 4)
+        projector.backproject(buffer, 0, 0, volume)

@@ -1,0 +1,85 @@
+"""Where iterations start, and the two scales that relate them to the data: the norm of A and the brightness of x."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from deepinv.optim.linear import conjugate_gradient
+from deepinv.physics import LinearPhysics, Physics
+from torch import Tensor
+
+from napari_recon.scans.errors import ScanError
+
+Start = str | Tensor | Callable[[Tensor, Physics], Tensor]
+
+
+def start_volume(start: Start | None, y: Tensor, physics: LinearPhysics) -> Tensor:
+    """The volume (B, C, *spatial) to start from; always one of its own, free to be changed in place.
+
+    Parameters
+    ----------
+    start
+        "fdk" (or None) is FDK for X-rays; for any other physics ten conjugate-gradient steps on the normal equations,
+        few enough to leave the noise out. "zeros"; a volume; or a function of (y, physics).
+    """
+    if isinstance(start, Tensor):
+        return start.detach().clone()
+    if callable(start):
+        return start(y, physics).detach().clone()
+    if start == "zeros":
+        return torch.zeros_like(physics.A_adjoint(y))
+    if start not in (None, "fdk"):
+        raise ScanError(f"The start {start!r} is unknown: use 'fdk', 'zeros', a volume, or a function of (y, physics).")
+    if is_xray(physics):
+        from napari_recon.reconstruction.fdk import FDK
+
+        return FDK()(y, physics)
+    return conjugate_gradient(physics.A_adjoint_A, physics.A_adjoint(y), max_iter=10, tol=1e-3)
+
+
+def is_xray(physics: Physics) -> bool:
+    """Whether FDK applies: our X-ray transform or deepinv's TomographyWithAstra."""
+    from napari_recon.physics.xray import XRayTransform
+
+    return isinstance(physics, XRayTransform) or hasattr(physics, "projection_geometry")
+
+
+def data_residual(ax: Tensor, y: Tensor) -> float:
+    """‖Ax − y‖ / ‖y‖; 0 where there is no y to speak of."""
+    size = float(torch.linalg.vector_norm(y))
+    return float(torch.linalg.vector_norm(ax - y)) / size if size else 0.0
+
+
+def operator_sqnorm(physics: LinearPhysics, img_size: tuple[int, ...] | None = None, device: Any = None) -> float:
+    """‖A‖² with a percent to spare: what the physics knows (``sqnorm``), else by power iteration.
+
+    Parameters
+    ----------
+    physics, img_size, device
+        ``img_size`` (C, *spatial) and ``device`` of the volumes, where the physics does not tell.
+    """
+    known = getattr(physics, "sqnorm", None)
+    if known is not None:
+        return float(known() if callable(known) else known)
+    size = img_size or getattr(physics, "img_size", None)
+    if size is None:
+        raise ScanError("The physics does not say how large its volumes are, so that ‖A‖² cannot be estimated.")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand((1, *size), generator=generator).to(device or "cpu")
+    value = 0.0
+    with torch.no_grad():
+        for _ in range(50):
+            x = physics.A_adjoint_A(x / x.norm().clamp_min(1e-30))
+            previous, value = value, float(x.norm())
+            if abs(value - previous) < 1e-3 * value:
+                break
+    return 1.01 * value
+
+
+def brightness(x: Tensor) -> float:
+    """The 99.9th percentile of a volume's magnitude (of at most about a million of its voxels)."""
+    values = x.detach().flatten().abs()
+    values = values[:: max(1, values.numel() // 1_000_000)]
+    return float(torch.quantile(values.float(), 0.999))

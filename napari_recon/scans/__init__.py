@@ -1,0 +1,8 @@
+"""What was measured: geometry, grids, scans, corrections, and a reader for each format."""
+
+from napari_recon.scans.errors import ScanError
+from napari_recon.scans.geometry import Geometry
+from napari_recon.scans.grid import Box, Grid
+from napari_recon.scans.scan import Scan, ScanOptions, open_scan
+
+__all__ = ["Box", "Geometry", "Grid", "Scan", "ScanError", "ScanOptions", "open_scan"]

@@ -1,0 +1,1 @@
+"""The docks: the only room that knows Qt and napari."""

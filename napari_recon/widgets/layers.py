@@ -1,0 +1,510 @@
+"""Layers in mm: volumes that are updated box by box, projections, and the acquisition's geometry.
+
+Everything that reaches behind napari's public face (the texture upload and the outline of a patch) stands here, behind
+guards: where napari changes, the layers still show the right values, only more slowly and without the outline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from napari.experimental import link_layers
+from napari.layers import Image, Vectors
+from numpy.typing import NDArray
+
+from napari_recon.scans.errors import ScanError
+from napari_recon.scans.grid import Box, Grid
+
+if TYPE_CHECKING:
+    from napari.layers import Layer
+    from napari.viewer import Viewer
+
+    from napari_recon.scans.geometry import Geometry
+    from napari_recon.scans.scan import Scan
+
+KEY = "napari_recon"
+"""Where a layer's metadata tells how it was made."""
+WORLD = {"axis_labels": ("z", "y", "x"), "units": ("mm", "mm", "mm")}
+LINKED = ("contrast_limits", "contrast_limits_range", "colormap", "gamma", "rendering", "attenuation", "iso_threshold")
+"""What side by side volumes share, so that a difference seen is a difference of values."""
+
+
+LOOK = (-0.26, 0.93, 0.26)
+"""Where the camera looks, (z, y, x)."""
+CUT = (0.0, 1.0, 0.0)
+"""Normal (z, y, x) of the plane that cuts a volume open; it points at what stays, away from the camera."""
+
+# -- volumes -------------------------------------------------------------------------------------------------------
+
+
+def volume_layer(
+    name: str, array: NDArray[np.float32], voxel_size: float, translate: Sequence[float], metadata: dict[str, Any]
+) -> Image:
+    """A volume (D, H, W) in 1/mm as a layer in the world's mm; the layer holds the array itself, not a copy."""
+    layer = Image(
+        array,
+        name=name,
+        scale=(voxel_size,) * 3,
+        translate=tuple(translate),
+        contrast_limits=(0.0, 1.0),  # else napari reads the whole array
+        colormap="magma",
+        rendering="attenuated_mip",
+        attenuation=0.5,
+        metadata={KEY: metadata},
+        **WORLD,
+    )
+    show_name(layer)
+    return layer
+
+
+def show_name(layer: Layer) -> None:
+    """Write the layer's name into its corner of the canvas, where this napari can."""
+    with contextlib.suppress(AttributeError, KeyError):
+        layer.name_overlay.position = "top_center"
+        layer.name_overlay.font_size = 13
+        layer.name_overlay.visible = True
+
+
+def contrast_limits(volume: NDArray[np.float32]) -> tuple[float, float] | None:
+    """Limits from a sample of the volume inside the field of view, or None while it holds nothing.
+
+    The cylinder about z is what the scan sees; the corners beyond it hold streaks that would set the limits. At most
+    about 200 000 voxels are read, so that this takes milliseconds at any size.
+    """
+    step = max(1, math.ceil((volume.size / 200_000) ** (1 / 3)))
+    sample = volume[:: min(step, max(1, volume.shape[0] // 2)), ::step, ::step]
+    y, x = (np.linspace(-1, 1, n) if n > 1 else np.zeros(1) for n in sample.shape[1:])
+    inside = sample[:, y[:, None] ** 2 + x[None, :] ** 2 <= 0.9]
+    inside = inside[np.isfinite(inside)]
+    if inside.size == 0 or not inside.any():
+        return None
+    low, high = (float(q) for q in np.percentile(inside, (1.0, 99.8)))
+    low = max(low, 0.0)  # air: what lies below zero is noise
+    return (low, high) if high > low else None
+
+
+def link(layers: Sequence[Image]) -> None:
+    """Let volumes share contrast, colours and rendering."""
+    if len(layers) > 1:
+        link_layers(layers, LINKED)
+
+
+def side_by_side(viewer: Viewer, layers: Sequence[Image], view: str = "cut") -> None:
+    """Show only these layers, next to each other, in mm.
+
+    Parameters
+    ----------
+    viewer, layers
+        The volumes, left to right as in the list of layers.
+    view
+        "cut": in 3D, cut open through the middle; "whole": in 3D; "slices": in 2D.
+    """
+    for other in viewer.layers:
+        other.visible = other in layers
+    flat = layers[0].data.shape[0] == 1
+    viewer.canvas.grid.stride = 1
+    viewer.canvas.grid.shape = (1, -1)
+    viewer.canvas.grid.enabled = len(layers) > 1
+    viewer.canvas.overlays.scale_bar.visible = True
+    viewer.canvas.overlays.scale_bar.gridded = False
+    viewer.dims.ndisplay = 2 if view == "slices" or flat else 3
+    for layer in layers:
+        # In the world's mm: vispy clips volumes there, whatever napari says of data coordinates.
+        middle = layer.data_to_world([(n - 1) / 2 for n in layer.data.shape])
+        plane = {"position": tuple(middle), "normal": CUT, "enabled": True}
+        layer.experimental_clipping_planes = [plane] if view == "cut" else []
+
+
+def look_at(viewer: Viewer, layers: Sequence[Layer], columns: int = 1, fill: float = 0.96) -> None:
+    """Fill the canvas, or one of some columns of it, with layers; above 1 their corners are cut off.
+
+    In 3D from the front, a little from above and from the side, with the rotation axis upright; in 2D at the middle
+    slice.
+    """
+    camera = viewer.scene.camera
+    extent = np.array([layer.extent.world for layer in layers])
+    low, high = extent[:, 0].min(0)[-3:], extent[:, 1].max(0)[-3:]
+    camera.center = tuple((low + high) / 2)
+    if viewer.dims.ndisplay == 3:
+        camera.perspective = 0.0
+        camera.set_view_direction(view_direction=LOOK, up_direction=(1.0, 0.0, 0.0))
+        along = np.array(camera.view_direction)
+        up = np.array(camera.up_direction)
+        across = np.stack([up, np.cross(along, up)])
+    else:
+        viewer.dims.point = tuple((low + high) / 2)
+        across = np.eye(3)[list(viewer.dims.displayed)]
+    # napari's own fit takes the box's diagonal for every direction, and so leaves much of the canvas empty.
+    height, width = np.abs(across) @ (high - low)
+    rows, pixels = viewer.canvas.size
+    camera.zoom = fill * min(rows / max(float(height), 1e-9), pixels / columns / max(float(width), 1e-9))
+
+
+# -- updates, box by box -------------------------------------------------------------------------------------------
+
+
+class LiveVolume:
+    """A volume layer whose data change in place while it is shown.
+
+    :meth:`changed` notes a box; :meth:`flush`, called from a timer, brings what was noted onto the screen: in 3D by
+    uploading only those boxes into the texture, in 2D by a refresh if the slice that is shown was touched.
+
+    Drawing a volume can take longer than computing a patch (software GL takes a second). So nothing is uploaded before
+    what was uploaded last has been drawn, and then only after a rest of twice the time that the drawing took, so that
+    most of the event loop's time stays with the person. The boxes of the meantime are merged.
+    """
+
+    def __init__(self, viewer: Viewer, layer: Image) -> None:
+        self.viewer, self.layer = viewer, layer
+        self.pending: list[Box] = []
+        self._drawn = True
+        self._not_before = 0.0
+        self._canvas = _scene_canvas(viewer)
+        if self._canvas is not None:
+            self._canvas.events.draw.connect(self._on_draw)
+
+    def _on_draw(self, event: object = None) -> None:
+        self._drawn = True
+
+    @property
+    def may_draw(self) -> bool:
+        """Whether what was uploaded has been drawn, and the event loop has had its rest since."""
+        return self._canvas is None or (self._drawn and time.perf_counter() >= self._not_before)
+
+    def rest(self, late: float) -> None:
+        """Leave the event loop alone for a while: it was ``late`` by so many seconds.
+
+        Lateness is the only honest measure of drawing: vispy's draw event returns after milliseconds, and the GL calls
+        that it queued are carried out when Qt swaps the buffers.
+        """
+        self._not_before = time.perf_counter() + min(3.0, 2 * late)
+
+    def changed(self, box: Box) -> None:
+        """Note that the data in ``box`` are new."""
+        self.pending = merge_boxes([*self.pending, box])
+
+    def flush(self, force: bool = False) -> bool:
+        """Bring what changed onto the screen; whether anything was uploaded.
+
+        ``force`` waits for no drawing: for the end of a run.
+        """
+        if not self.pending or self.layer not in self.viewer.layers:
+            self.pending = []
+            return False
+        if not self.layer.visible:
+            self.pending = []  # napari reads the layer afresh when it is made visible
+            return False
+        if not force and not self.may_draw:
+            return False
+        boxes, self.pending = self.pending, []
+        if self.viewer.dims.ndisplay == 3:
+            uploaded = upload_boxes(self.viewer, self.layer, boxes)
+        else:
+            uploaded = self._refresh_slice(boxes)
+        if uploaded:
+            self._drawn = False
+        return uploaded
+
+    def _refresh_slice(self, boxes: Sequence[Box]) -> bool:
+        shown = set(self.viewer.dims.displayed)
+        point = self.layer.world_to_data(self.viewer.dims.point)
+        hidden = [axis for axis in range(3) if axis not in shown]
+        touched = any(all(box[a].start <= round(point[a]) < box[a].stop for a in hidden) for box in boxes)
+        if touched:
+            self.layer.refresh(thumbnail=False, extent=False, highlight=False)
+        return touched
+
+    def close(self) -> None:
+        """Undo the connections."""
+        if self._canvas is not None:
+            self._canvas.events.draw.disconnect(self._on_draw)
+            self._canvas = None
+        self.pending = []
+
+
+def merge_boxes(boxes: Sequence[Box]) -> list[Box]:
+    """Fewer boxes that cover the same voxels: two become their hull where that uploads no more than both would."""
+    merged: list[Box] = []
+    for box in boxes:
+        while True:
+            for i, other in enumerate(merged):
+                hull = tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(box, other, strict=True))
+                if _voxels(hull) <= _voxels(box) + _voxels(other):
+                    box = (hull[0], hull[1], hull[2])
+                    del merged[i]
+                    break
+            else:
+                break
+        merged.append(box)
+    return merged
+
+
+def _voxels(box: Sequence[slice]) -> int:
+    return math.prod(s.stop - s.start for s in box)
+
+
+def upload_boxes(viewer: Viewer, layer: Image, boxes: Sequence[Box]) -> bool:
+    """Bring boxes of a layer's data into its 3D texture.
+
+    This is the one function that knows napari's and vispy's insides. Everything it relies on is checked; where
+    something is not as expected (another napari, a texture that was downsampled because the card allows no larger one,
+    no float textures) the whole layer is uploaded by a public call.
+    """
+    try:
+        visual = viewer.window._qt_viewer.canvas.layer_to_visual[layer]
+        node = visual.node
+        texture = node._texture
+        usable = (
+            viewer.dims.ndisplay == 3
+            and tuple(viewer.dims.displayed) == (0, 1, 2)
+            and layer.data.dtype == np.float32
+            and tuple(node._vol_shape) == layer.data.shape
+            and tuple(texture.shape[:3]) == layer.data.shape
+            and not texture.is_normalized  # scaled on the CPU: a box alone would be scaled differently
+        )
+        if usable:
+            for box in boxes:
+                offset = tuple(s.start for s in box)
+                # A contiguous copy of the box: vispy keeps it until the next drawing.
+                texture.scale_and_set_data(np.array(layer.data[box], order="C"), offset=offset, copy=False)
+            node.update()
+            return True
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError):
+        pass
+    layer.refresh(thumbnail=False, extent=False, highlight=False)
+    return True
+
+
+def _scene_canvas(viewer: Viewer) -> Any:
+    try:
+        return viewer.window._qt_viewer.canvas._scene_canvas
+    except AttributeError:
+        return None
+
+
+class PatchOutline:
+    """The twelve edges of the patch that is being worked on, drawn with the layer.
+
+    A child of the layer's own vispy node: it follows the layer in grid mode and from 2D to 3D, costs 24 vertices, and
+    leaves the layer list alone. In 2D it shows only while the slice passes through the patch.
+    """
+
+    def __init__(self, viewer: Viewer, layer: Image, color: str = "#ffb000") -> None:
+        self.viewer, self.layer = viewer, layer
+        self.box: Box | None = None
+        self._line: Any = None
+        try:
+            from vispy.scene.visuals import Line
+            from vispy.visuals.transforms import MatrixTransform
+
+            node = viewer.window._qt_viewer.canvas.layer_to_visual[layer].node
+            line = Line(pos=np.zeros((2, 3), np.float32), color=color, width=2, connect="segments", parent=node)
+            line.transform = MatrixTransform()  # napari sets the matrix of every child of a layer's node
+            line.set_gl_state("translucent", depth_test=False)
+            line.order = 1_000_000
+            line.visible = False
+            self._line = line
+        except (AttributeError, KeyError, ImportError):
+            return
+        viewer.dims.events.point.connect(self._redraw)
+        viewer.dims.events.ndisplay.connect(self._redraw)
+
+    @property
+    def visible(self) -> bool:
+        """Whether the outline is drawn now."""
+        return self._line is not None and bool(self._line.visible)
+
+    def show(self, box: Box | None) -> None:
+        """Draw a box, or none."""
+        if box != self.box:
+            self.box = box
+            self._redraw()
+
+    def _redraw(self, event: object = None) -> None:
+        if self._line is None:
+            return
+        with contextlib.suppress(AttributeError, KeyError):
+            visual = self.viewer.window._qt_viewer.canvas.layer_to_visual[self.layer]
+            node = visual.node
+            if self._line.parent is not node:
+                self._line.parent = node
+            visual._on_matrix_change()  # in 2D the node is shifted by half a voxel, its children back
+            corners = self._corners()
+            self._line.visible = corners is not None
+            if corners is not None:
+                self._line.set_data(pos=corners)
+            node.update()
+
+    def _corners(self) -> NDArray[np.float32] | None:
+        """Vertices of the edges, two an edge, in the node's coordinates: x, y(, z) of displayed axes, in voxels."""
+        if self.box is None:
+            return None
+        displayed = list(self.viewer.dims.displayed)
+        point = self.layer.world_to_data(self.viewer.dims.point)
+        for axis in range(3):
+            if axis not in displayed and not self.box[axis].start <= round(point[axis]) < self.box[axis].stop:
+                return None
+        low = np.array([self.box[a].start - 0.5 for a in displayed][::-1], np.float32)
+        high = np.array([self.box[a].stop - 0.5 for a in displayed][::-1], np.float32)
+        n = len(displayed)
+        edges = []
+        for axis in range(n):
+            for corner in range(2 ** (n - 1)):
+                start = np.array([(corner >> (a - (a > axis))) & 1 if a != axis else 0 for a in range(n)])
+                stop = start.copy()
+                stop[axis] = 1
+                edges += [low + start * (high - low), low + stop * (high - low)]
+        return np.array(edges, np.float32)
+
+    def close(self) -> None:
+        """Take the outline away and undo the connections."""
+        if self._line is not None:
+            with contextlib.suppress(TypeError, ValueError):
+                self.viewer.dims.events.point.disconnect(self._redraw)
+                self.viewer.dims.events.ndisplay.disconnect(self._redraw)
+            self._line.parent = None
+            self._line = None
+
+
+def where_the_person_looks(viewer: Viewer, layer: Image) -> tuple[float, float, float] | None:
+    """The voxel (z, y, x) that the person looks at: under the cursor, else the middle of the view; None if outside.
+
+    In 2D it lies on the slice; in 3D halfway along the ray through the volume.
+    """
+    if layer.ndim != 3:
+        return None
+    displayed = list(viewer.dims.displayed)
+    over = viewer.mouse_over_canvas
+    point = np.array(viewer.dims.point, dtype=float)[-3:]
+    where = np.array(viewer.cursor.position if over else viewer.scene.camera.center, dtype=float)[-3:]
+    if len(displayed) == 3 and over:
+        direction = viewer.scene.camera.calculate_nd_view_direction(3, tuple(displayed))
+        near, far = layer.get_ray_intersections(where, direction, displayed, world=True)
+        if near is None or far is None:
+            return None
+        voxel = (np.asarray(near) + np.asarray(far)) / 2
+    else:
+        for axis in displayed:
+            point[axis] = where[axis]
+        voxel = np.asarray(layer.world_to_data(point))
+    upper = np.array(layer.data.shape) - 1.0
+    if not np.isfinite(voxel).all() or (voxel < -0.5).any() or (voxel > upper + 0.5).any():
+        return None
+    z, y, x = (float(v) for v in np.clip(voxel, 0, upper))
+    return z, y, x
+
+
+# -- the scan ------------------------------------------------------------------------------------------------------
+
+
+def geometry_layers(geometry: Geometry, grid: Grid, name: str) -> list[Vectors]:
+    """Source path, detector at a few views, and the volume's box, as layers in mm.
+
+    A parallel beam has no source: an arrow's worth of path shows where its rays come from.
+    """
+    views = np.unique(np.linspace(0, geometry.views - 1, min(geometry.views, 240)).round().astype(int))
+    center = geometry.detector_center
+    span = float(max(np.linalg.norm(geometry.u[0]) * geometry.detector_shape[1], max(grid.extent)))
+    if geometry.kind == "cone":
+        source = geometry.source
+    else:
+        ray = geometry.source / np.linalg.norm(geometry.source, axis=1, keepdims=True)
+        source = -1.5 * span * ray
+        if np.linalg.norm(center, axis=1).max() < span:  # drawn beyond the volume, where a detector would be
+            center = center + span * ray
+    rows, columns = geometry.detector_shape
+    corners = [(-1, -1), (-1, 1), (1, 1), (1, -1), (-1, -1)]
+
+    def detector(view: int) -> NDArray[np.float64]:
+        u, v = geometry.u[view] * columns / 2, geometry.v[view] * rows / 2
+        return np.array([center[view] + a * v + b * u for a, b in corners])
+
+    few = np.unique(np.linspace(0, geometry.views, 9)[:-1].round().astype(int) % geometry.views)
+    outlines = [detector(v) for v in few]
+    if geometry.kind == "cone":
+        beam = [np.array([source[0], corner]) for corner in detector(0)[:4]]
+    else:
+        beam = [np.array([corner + source[0] - center[0], corner]) for corner in detector(0)[:4]]
+    thick = span / 250
+    return [
+        _lines([source[views]], f"{name}: source" if geometry.kind == "cone" else f"{name}: beam", "#ffb000", thick),
+        _lines([*outlines, *beam], f"{name}: detector", "#4fa8ff", thick * 0.7),
+        _lines(box_paths(grid), f"{name}: volume", "#f0f0f0", thick),
+    ]
+
+
+def box_paths(grid: Grid) -> list[NDArray[np.float64]]:
+    """The twelve edges of a grid's box as paths of (x, y, z) in mm."""
+    half = np.array(grid.extent[::-1]) / 2
+    square = np.array([(-1, -1), (-1, 1), (1, 1), (1, -1), (-1, -1)])
+    faces = [np.column_stack([square, np.full(5, s)]) for s in (-1, 1)]
+    posts = [np.array([(a, b, -1), (a, b, 1)]) for a, b in square[:4]]
+    return [np.array(grid.center) + path * half for path in (*faces, *posts)]
+
+
+def _lines(paths: Sequence[NDArray[np.float64]], name: str, color: str, width: float) -> Vectors:
+    """Paths of (x, y, z) as a layer of line segments in (z, y, x).
+
+    Segments rather than Shapes, which napari triangulates with numba: the first ones of a session take seconds.
+    """
+    segments = [np.stack([path[:-1], np.diff(path, axis=0)], axis=1) for path in paths]
+    return Vectors(
+        np.concatenate(segments)[:, :, ::-1],
+        name=name,
+        edge_color=color,
+        edge_width=width,
+        vector_style="line",
+        out_of_slice_display=True,
+        metadata={KEY: {"shows": "geometry"}},
+        **WORLD,
+    )
+
+
+def projections(scan: Scan) -> tuple[Any, dict[str, Any]]:
+    """The scan's line integrals (views, rows, columns) as an array that reads a view when it is shown.
+
+    Returns
+    -------
+    A dask array, float32, and the arguments of the Image layer that shows it. Reads three views, for the contrast
+    limits, and the flats: call it from a thread.
+
+    Raises
+    ------
+    ScanError
+        If those views cannot be read.
+    """
+    import dask.array as da
+
+    views, rows, columns = scan.shape
+    pitch_v, pitch_u = scan.geometry.pixel_size
+    correction = scan.correction()
+
+    def read(view: int) -> NDArray[np.float32]:
+        raw = scan.frames[view : view + 1]
+        if (fault := scan.frame_fault(raw)) is not None:
+            raise ScanError(f"Frame {scan.view_indices[view]} of {scan.path} {fault[1]}")
+        return scan.correct(raw, correction)
+
+    array = da.map_blocks(
+        lambda block_info=None: read(block_info[None]["array-location"][0][0]),
+        chunks=((1,) * views, (rows,), (columns,)),
+        dtype=np.float32,
+        meta=np.zeros((0, 0, 0), np.float32),
+    )
+    few = np.concatenate([read(v) for v in sorted({0, views // 3, 2 * views // 3})])
+    low, high = (float(q) for q in np.percentile(few, (0.5, 99.9)))
+    return array, {
+        "name": f"{scan.name}: projections",
+        "scale": (1.0, pitch_v, pitch_u),
+        "translate": (0.0, -(rows - 1) / 2 * pitch_v, -(columns - 1) / 2 * pitch_u),
+        "axis_labels": ("view", "row", "column"),
+        "units": ("pixel", "mm", "mm"),
+        "contrast_limits": (low, high) if high > low else (0.0, 1.0),
+        "colormap": "gray",
+        "metadata": {KEY: {"scan": str(scan.path), "options": scan.options.model_dump(mode="json")}},
+    }

@@ -1,0 +1,204 @@
+"""The *Scan* dock: open a scan, see what it is and what looks wrong, correct it, show it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from napari.utils.notifications import show_error
+from qtpy.QtCore import Qt, QTimer
+from qtpy.QtGui import QAction, QDragEnterEvent, QDropEvent
+from qtpy.QtWidgets import (
+    QFileDialog,
+    QFormLayout,
+    QHBoxLayout,
+    QLabel,
+    QMenu,
+    QPushButton,
+    QVBoxLayout,
+    QWidget,
+)
+
+from napari_recon.scans.scan import ScanOptions
+from napari_recon.widgets.forms import ModelForm
+from napari_recon.widgets.session import Session
+from napari_recon.widgets.style import Scrolled, colour, note, section
+
+if TYPE_CHECKING:
+    import napari.viewer
+
+SETTLE = 400
+"""Milliseconds that a correction rests before the scan is read anew."""
+
+
+class ScanDock(Scrolled):
+    """Opens a scan and shows what it is. Scans may also be dropped onto the dock."""
+
+    def __init__(self, napari_viewer: napari.viewer.Viewer) -> None:
+        super().__init__()
+        self.session = Session.of(napari_viewer)
+        self.setAcceptDrops(True)
+        layout = self.content
+
+        self.open_file = QPushButton("Open file …")
+        self.open_file.setToolTip("A scan in one file: scan.toml, HDF5 (.h5, .nxs), MATLAB (.mat).")
+        self.open_file.clicked.connect(self._ask_for_file)
+        self.open_folder = QPushButton("Open folder …")
+        self.open_folder.setToolTip("A scan in a folder: the Walnut layout, or TIFFs beside a scan.toml.")
+        self.open_folder.clicked.connect(self._ask_for_folder)
+        self.samples = QPushButton("Sample")
+        self.samples.setToolTip("Open one of the scans that come with napari-recon.")
+        self.samples.setMenu(self._sample_menu())
+        row = QHBoxLayout()
+        row.setSpacing(4)
+        row.addWidget(self.open_file, 1)
+        row.addWidget(self.open_folder, 1)
+        row.addWidget(self.samples)
+        layout.addLayout(row)
+
+        self.title = QLabel()
+        self.title.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
+        self.title.setWordWrap(True)
+        layout.addWidget(self.title)
+
+        self.details = QWidget()
+        details = QVBoxLayout(self.details)
+        details.setContentsMargins(0, 0, 0, 0)
+        details.setSpacing(5)
+        self.summary = QFormLayout()
+        self.summary.setContentsMargins(0, 0, 0, 0)
+        self.summary.setVerticalSpacing(0)
+        self.summary.setHorizontalSpacing(12)
+        self.summary.setLabelAlignment(Qt.AlignmentFlag.AlignLeft)
+        details.addLayout(self.summary)
+        self.checks = QLabel()
+        self.checks.setWordWrap(True)
+        self.checks.setTextFormat(Qt.TextFormat.RichText)
+        details.addWidget(self.checks)
+
+        self.options = ModelForm(ScanOptions, units={"axis_offset": "px"})
+        details.addWidget(section("Views and corrections", self.options))
+
+        self.show_projections = QPushButton("Show projections")
+        self.show_projections.setToolTip("Add the line integrals as a layer; a view is read when it is shown.")
+        self.show_projections.clicked.connect(self.session.add_projections)
+        self.show_geometry = QPushButton("Show geometry")
+        self.show_geometry.setToolTip("Add the source's path, the detector and the volume's box as 3D layers in mm.")
+        self.show_geometry.clicked.connect(self.session.add_geometry)
+        row = QHBoxLayout()
+        row.setSpacing(4)
+        row.addWidget(self.show_projections)
+        row.addWidget(self.show_geometry)
+        details.addLayout(row)
+        layout.addWidget(self.details)
+        layout.addStretch(1)
+
+        self._settle = QTimer(self)
+        self._settle.setSingleShot(True)
+        self._settle.setInterval(SETTLE)
+        self._settle.timeout.connect(self._apply_options)
+        self.options.changed.connect(self._settle.start)
+        self.session.busy_changed.connect(self._show_busy)
+        self.session.scan_changed.connect(self._show_scan)
+        self.session.checks_changed.connect(self._show_checks)
+        self._show_scan()
+        self._show_checks()
+
+    # -- opening ---------------------------------------------------------------------------------------------------
+
+    def _ask_for_file(self) -> None:
+        path, _ = QFileDialog.getOpenFileName(
+            self, "Open a scan", "", "Scans (*.toml *.h5 *.hdf5 *.hdf *.nxs *.mat *.tif *.tiff);;All files (*)"
+        )
+        if path:
+            self.session.open(path)
+
+    def _ask_for_folder(self) -> None:
+        path = QFileDialog.getExistingDirectory(self, "Open a scan's folder")
+        if path:
+            self.session.open(path)
+
+    def _sample_menu(self) -> QMenu:
+        from napari_recon.widgets.contributions import SAMPLES, sample_path
+
+        menu = QMenu(self)
+        for name, title in SAMPLES.items():
+            action = QAction(title, menu)
+            action.triggered.connect(lambda _=False, n=name: self.session.open(sample_path(n)))
+            menu.addAction(action)
+        return menu
+
+    def dragEnterEvent(self, event: QDragEnterEvent | None) -> None:
+        """Welcome files and folders."""
+        if event is not None and dropped_paths(event):
+            event.acceptProposedAction()
+
+    def dropEvent(self, event: QDropEvent | None) -> None:
+        """Open what was dropped."""
+        if event is None:
+            return
+        paths = dropped_paths(event)
+        event.acceptProposedAction()
+        if len(paths) == 1:
+            self.session.open(paths[0])
+        elif paths:
+            show_error(
+                f"{len(paths)} files were dropped and a scan is one file or folder: drop the folder they are in."
+            )
+
+    # -- showing ---------------------------------------------------------------------------------------------------
+
+    def _apply_options(self) -> None:
+        self.session.set_options(self.options.value())
+
+    def _show_busy(self, text: str) -> None:
+        if text:
+            self.title.setText(note(text))
+        else:
+            self._show_title()
+
+    def _show_title(self) -> None:
+        scan = self.session.scan
+        if scan is None:
+            self.title.setText(note("Open a scan, drop one here, or start with a sample."))
+        else:
+            self.title.setText(f"<b>{scan.name}</b>")
+            self.title.setToolTip(str(scan.path))
+
+    def _show_scan(self) -> None:
+        scan = self.session.scan
+        self._show_title()
+        self.details.setVisible(scan is not None)
+        while self.summary.rowCount():
+            self.summary.removeRow(0)
+        if scan is None:
+            return
+        for name, value in self.session.summary.items():
+            text = QLabel(value)
+            text.setWordWrap(True)
+            text.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
+            self.summary.addRow(QLabel(note(name)), text)
+        have = len(scan.recording.frames)
+        self._settle.stop()
+        self.options.blockSignals(True)
+        self.options.suggest("views", have, high=have)
+        self.options.suggest("axis_offset", round(float(scan.recording.geometry.axis_offset.mean()), 2))
+        self.options.set_value(scan.options)
+        self.options.blockSignals(False)
+
+    def _show_checks(self) -> None:
+        checks = self.session.checks
+        if checks is None:
+            self.checks.setText(note("Looking at the data …"))
+        elif not checks:
+            self.checks.setText(note("✓ Nothing looks wrong with the data."))
+        else:
+            warning = colour("warning")
+            lines = (f"<p style='margin:2px 0'><span style='color:{warning}'>▲</span> {text}</p>" for text in checks)
+            self.checks.setText("".join(lines))
+
+
+def dropped_paths(event: QDropEvent) -> list[Path]:
+    """Files and folders that are being dragged."""
+    data = event.mimeData()
+    return [Path(url.toLocalFile()) for url in data.urls() if url.isLocalFile()] if data is not None else []
