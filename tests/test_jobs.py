@@ -358,6 +358,30 @@ def test_a_plan_grows_with_the_volume_and_shrinks_with_views(scan, parameters):
     assert readable(plan.host_bytes) in plan.sentence
 
 
+MEASURE = """
+import sys
+from napari_recon.jobs import ReconstructionJob, run_job
+from napari_recon.jobs.memory import peak_memory, plan_memory, release_memory, reset_peak
+job = ReconstructionJob.model_validate_json(sys.argv[1])
+list(run_job(job.model_copy(update={"shape": (8, 8, 8)})))  # libraries and kernels are no part of the plan
+release_memory()
+reset_peak()
+before = peak_memory()
+list(run_job(job))
+print((peak_memory() - before) / plan_memory(job).host_bytes)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parameters", ALL, ids=lambda p: f"{p.method}-{getattr(p, 'patch', '')}")
+def test_the_plan_is_what_it_takes(scan, parameters):
+    if getattr(parameters, "patch", None):
+        parameters = parameters.model_copy(update={"patch": 48})
+    job = make_job(scan, parameters, shape=(96,) * 3)
+    taken = float(subprocess.check_output([sys.executable, "-c", MEASURE, job.model_dump_json()], text=True))
+    assert 0.4 < taken < 1.15
+
+
 def test_following_the_plans_advice_makes_it_fit(scan, monkeypatch):
     monkeypatch.setattr("napari_recon.jobs.memory.available_memory", lambda: 2 * 10**9)
     job = make_job(scan, TV, voxel_size=0.02)

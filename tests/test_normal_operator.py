@@ -389,6 +389,26 @@ def test_algorithms_with_an_l2_fidelity_solve_the_normal_equations(name):
     assert (x.flatten() - expected).norm() < 0.02 * expected.norm()
 
 
+def test_normal_operator_is_applied_once_for_cost_and_gradient():
+    calls = []
+
+    def double(x):
+        calls.append(x)
+        return 2 * x
+
+    physics = NormalPhysics(double, (1, 2, 2, 2))
+    b, x = torch.ones(2, 1, 1, 2, 2, 2)
+    fidelity = dinv.optim.L2()
+    fidelity(x, b, physics)
+    assert torch.equal(fidelity.grad(x, b, physics), 2 * x - b)
+    assert len(calls) == 1
+    x += 1  # written to: the kept answer is stale
+    assert torch.equal(physics.A(x), 2 * x)
+    physics.A(x).zero_()
+    assert torch.equal(physics.A(x), 2 * x)
+    assert torch.equal(physics.A(x.clone()), 2 * x)
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -103,6 +103,7 @@ def test_gradient_passes_through():
     assert torch.autograd.gradcheck(lambda x: TVPrior(15, 0.0).prox(x, gamma=0.1), (v,), eps=1e-6, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_much_faster_than_deepinv():
     v = noisy((1, 1, 40, 40, 40))
     ours, theirs = TVPrior(40, 0.0), dinv.optim.TVPrior(def_crit=0.0, n_it_max=40)

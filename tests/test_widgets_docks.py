@@ -133,13 +133,12 @@ def test_the_geometry_is_drawn_where_it_was(opened, qtbot):
     for layer in viewer.layers:
         assert [str(u) for u in layer.units] == ["millimeter"] * 3
         assert layer.axis_labels == ("z", "y", "x")
-    path = source.data[:, 0]
-    np.testing.assert_allclose(np.hypot(path[:, 1], path[:, 2]), 66.0, rtol=1e-6)  # the source turns about z
+    turn = source.data[0]
+    np.testing.assert_allclose(np.hypot(turn[:, 1], turn[:, 2]), 66.0, rtol=0.02)  # the source turns about z
     grid = scan_dock.session.scan.default_grid()
-    corners = np.concatenate([volume.data[:, 0], volume.data.sum(axis=1)])
-    np.testing.assert_allclose(corners.max(0) - corners.min(0), grid.extent, rtol=1e-6)
-    edges = detector.data[: 8 * 4, 0]  # eight outlines of four edges, then the beam
-    assert np.hypot(edges[:, 1], edges[:, 2]).min() >= 133.0 - 1e-6
+    np.testing.assert_allclose(np.ptp(volume.data[0], axis=0), grid.extent, atol=1.0)  # tubes have a width
+    far = detector.data[0]
+    assert np.hypot(far[:, 1], far[:, 2]).max() == pytest.approx(np.hypot(133.0, 18.0), rel=0.02)
 
 
 def test_a_run_shows_fdk_and_the_result_side_by_side(opened, qtbot):
@@ -183,14 +182,17 @@ def test_the_scans_checks_are_not_told_twice(opened, said, qtbot):
 
 def test_the_patch_outline_follows_the_work_and_goes(opened, qtbot):
     viewer, dock = opened.viewer, opened.dock
+    viewer.show()  # nothing new is drawn before the last has been
     run(qtbot, opened, until="progress")
+    press(qtbot, dock.pause)  # drawing in software is slower than a process that only pretends
     outline = dock.session._outline
-    qtbot.waitUntil(lambda: outline.box is not None)
+    qtbot.waitUntil(lambda: outline.box is not None, timeout=20_000)
     assert outline.visible
     corners = outline._corners()
     assert len(corners) == 24
     low = [s.start - 0.5 for s in outline.box][::-1]
     np.testing.assert_allclose(corners.min(0), low)
+    press(qtbot, dock.pause)
     qtbot.waitUntil(lambda: dock.session.state == "idle", timeout=20_000)
     assert dock.session._outline is None
     assert len(viewer.layers) == 2

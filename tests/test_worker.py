@@ -180,7 +180,7 @@ def test_no_call_holds_the_viewer_up(worker, scan):
 
 @posix
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV])
-def test_a_killed_process_leaves_the_volume_a_remedy_and_a_way_on(worker, scan, how, capfd):
+def test_a_killed_process_leaves_the_volume_a_remedy_and_a_way_on(worker, scan, how):
     worker.submit(make_job(scan, ENDLESS))
     until_step(worker)
     volume = worker.volume("result")
@@ -258,7 +258,7 @@ print("computing" if any(isinstance(m, Progress) for m in heard) else heard, wor
 
 @posix
 @pytest.mark.parametrize(
-    "end", ["", "import os; os._exit(0)", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
+    "end", ["", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"], ids=["exits", "killed"]
 )
 def test_the_process_ends_with_its_viewer_however_that_ends(scan, tmp_path, end):
     script = tmp_path / "viewer.py"

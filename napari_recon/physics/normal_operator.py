@@ -300,7 +300,7 @@ class NormalOperator:
         if shape == self.shape:
             return spectrum
         lengths, smaller = self.lengths, fft_shape(shape)
-        step = max(1, (1 << 24) // max(1, math.prod(spectrum.shape[:-1])))
+        step = max(1, (1 << 20) // max(1, math.prod(spectrum.shape[:-1])))  # 8 MB at a time
         pieces = []
         for start in range(0, spectrum.shape[-1], step):
             piece = spectrum[..., start : start + step].to(torch.complex64)

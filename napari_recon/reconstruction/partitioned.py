@@ -222,13 +222,13 @@ class PartitionedReconstructor(StreamingReconstructor):
             while following is not None:
                 box = following
                 waiting.remove(box)
-                values, figures = self._solve(
+                change, figures = self._solve(
                     box, context[_at(box)], gradient[_at(box)], exact, scaling, h, half_square
                 )
                 # What is shown is the context plus the windowed changes so far: meaningful at any time.
-                values.sub_(context[_at(box)]).mul_(partition.weights(box, shown.device))
-                shown[_at(box)] += values
-                figures["change"] = float(torch.linalg.vector_norm(values)) / norm
+                change.mul_(partition.weights(box, shown.device))
+                shown[_at(box)] += change
+                figures["change"] = float(torch.linalg.vector_norm(change)) / norm
                 step += 1
                 following = pick(waiting) if waiting else None
                 if following is not None:
@@ -253,12 +253,12 @@ class PartitionedReconstructor(StreamingReconstructor):
         h: NormalOperator | None,
         half_square: float,
     ) -> tuple[Tensor, dict[str, float]]:
-        """The base reconstructor's patch, of its own memory, and what it does to the data term."""
+        """What the base reconstructor changes in a patch, and what that does to the data term."""
         normal = _exact_patch(exact, box) if h is None else h.patch(box).apply
         context = context.contiguous()
         scaled = normal if scaling == 1 else (lambda x: normal(x).mul_(scaling))
-        at_context = scaled(context)
         patch_physics = NormalPhysics(scaled, tuple(context.shape[1:]), context, context.device)
+        at_context = patch_physics.A(context)
         b = at_context - scaling * gradient
         base = self.base_reconstructor
         _forget(base)
@@ -269,9 +269,9 @@ class PartitionedReconstructor(StreamingReconstructor):
                 "it must keep the shape."
             )
         change = found - context
-        curved = scaled(change)
+        curved = patch_physics.A(found) - at_context
         decrease = float((0.5 * curved * change).sum() / scaling + (gradient * change).sum())
-        return found.clone() if found.data_ptr() == context.data_ptr() else found, {"data_term": decrease / half_square}
+        return change, {"data_term": decrease / half_square}
 
     def _check(self, volume: Tensor, h: NormalOperator | None) -> None:
         spatial = tuple(volume.shape[2:])

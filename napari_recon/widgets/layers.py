@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from napari.experimental import link_layers
-from napari.layers import Image, Vectors
+from napari.layers import Image, Surface
+from napari.utils.colormaps.standardize_color import transform_color
 from numpy.typing import NDArray
 
 from napari_recon.scans.errors import ScanError
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 KEY = "napari_recon"
 """Where a layer's metadata tells how it was made."""
 WORLD = {"axis_labels": ("z", "y", "x"), "units": ("mm", "mm", "mm")}
-LINKED = ("contrast_limits", "contrast_limits_range", "colormap", "gamma", "rendering", "attenuation", "iso_threshold")
+LINKED = ("contrast_limits_range", "contrast_limits", "colormap", "gamma", "rendering", "attenuation", "iso_threshold")
 """What side by side volumes share, so that a difference seen is a difference of values."""
 
 
@@ -38,6 +39,16 @@ LOOK = (-0.26, 0.93, 0.26)
 """Where the camera looks, (z, y, x)."""
 CUT = (0.0, 1.0, 0.0)
 """Normal (z, y, x) of the plane that cuts a volume open; it points at what stays, away from the camera."""
+
+
+def warm_up() -> None:
+    """Import and set up what napari does with its first layer in mm: a second that is better spent in a thread."""
+    import pint
+    import scipy.spatial.transform  # noqa: F401
+
+    pint.get_application_registry()("mm")
+    volume_layer("", np.zeros((2, 2, 2), np.float32), 1.0, (0.0, 0.0, 0.0), {})
+
 
 # -- volumes -------------------------------------------------------------------------------------------------------
 
@@ -94,30 +105,28 @@ def link(layers: Sequence[Image]) -> None:
         link_layers(layers, LINKED)
 
 
-def side_by_side(viewer: Viewer, layers: Sequence[Image], view: str = "cut") -> None:
-    """Show only these layers, next to each other, in mm.
+def make_room(viewer: Viewer, layers: Sequence[Layer], columns: int, volumetric: bool) -> None:
+    """Show only these of the viewer's layers, and make columns for those to come, in mm.
 
-    Parameters
-    ----------
-    viewer, layers
-        The volumes, left to right as in the list of layers.
-    view
-        "cut": in 3D, cut open through the middle; "whole": in 3D; "slices": in 2D.
+    Done before the volumes are added: every layer that is shown makes napari build the whole grid again.
     """
     for other in viewer.layers:
         other.visible = other in layers
-    flat = layers[0].data.shape[0] == 1
-    viewer.canvas.grid.stride = 1
-    viewer.canvas.grid.shape = (1, -1)
-    viewer.canvas.grid.enabled = len(layers) > 1
-    viewer.canvas.overlays.scale_bar.visible = True
+    grid = viewer.canvas.grid
+    if columns > 1 and (not grid.enabled or grid.shape != (1, columns) or grid.stride != 1):
+        grid.stride, grid.shape = 1, (1, columns)
+    grid.enabled = columns > 1
     viewer.canvas.overlays.scale_bar.gridded = False
-    viewer.dims.ndisplay = 2 if view == "slices" or flat else 3
-    for layer in layers:
-        # In the world's mm: vispy clips volumes there, whatever napari says of data coordinates.
-        middle = layer.data_to_world([(n - 1) / 2 for n in layer.data.shape])
-        plane = {"position": tuple(middle), "normal": CUT, "enabled": True}
-        layer.experimental_clipping_planes = [plane] if view == "cut" else []
+    viewer.canvas.overlays.scale_bar.visible = True
+    viewer.dims.ndisplay = 3 if volumetric else 2
+
+
+def cut_open(layer: Image, cut: bool = True) -> None:
+    """Cut a volume open through its middle, in 3D; or close it."""
+    # In the world's mm: vispy clips volumes there, whatever napari says of data coordinates.
+    middle = layer.data_to_world([(n - 1) / 2 for n in layer.data.shape])
+    plane = {"position": tuple(middle), "normal": CUT, "enabled": True}
+    layer.experimental_clipping_planes = [plane] if cut else []
 
 
 def look_at(viewer: Viewer, layers: Sequence[Layer], columns: int = 1, fill: float = 0.96) -> None:
@@ -140,9 +149,9 @@ def look_at(viewer: Viewer, layers: Sequence[Layer], columns: int = 1, fill: flo
         viewer.dims.point = tuple((low + high) / 2)
         across = np.eye(3)[list(viewer.dims.displayed)]
     # napari's own fit takes the box's diagonal for every direction, and so leaves much of the canvas empty.
-    height, width = np.abs(across) @ (high - low)
+    height, width = np.maximum(np.abs(across) @ (high - low), 1e-9).tolist()
     rows, pixels = viewer.canvas.size
-    camera.zoom = fill * min(rows / max(float(height), 1e-9), pixels / columns / max(float(width), 1e-9))
+    camera.zoom = fill * min(rows / height, pixels / columns / width)
 
 
 # -- updates, box by box -------------------------------------------------------------------------------------------
@@ -402,14 +411,14 @@ def where_the_person_looks(viewer: Viewer, layer: Image) -> tuple[float, float, 
 # -- the scan ------------------------------------------------------------------------------------------------------
 
 
-def geometry_layers(geometry: Geometry, grid: Grid, name: str) -> list[Vectors]:
+def geometry_layers(geometry: Geometry, grid: Grid, name: str) -> list[Surface]:
     """Source path, detector at a few views, and the volume's box, as layers in mm.
 
     A parallel beam has no source: an arrow's worth of path shows where its rays come from.
     """
     views = np.unique(np.linspace(0, geometry.views - 1, min(geometry.views, 240)).round().astype(int))
     center = geometry.detector_center
-    span = float(max(np.linalg.norm(geometry.u[0]) * geometry.detector_shape[1], max(grid.extent)))
+    span = max(geometry.pixel_size[1] * geometry.detector_shape[1], *grid.extent)
     if geometry.kind == "cone":
         source = geometry.source
     else:
@@ -430,7 +439,8 @@ def geometry_layers(geometry: Geometry, grid: Grid, name: str) -> list[Vectors]:
         beam = [np.array([source[0], corner]) for corner in detector(0)[:4]]
     else:
         beam = [np.array([corner + source[0] - center[0], corner]) for corner in detector(0)[:4]]
-    thick = span / 250
+    reach = float(np.max(np.abs(np.concatenate([source, center]))))
+    thick = reach / 150
     return [
         _lines([source[views]], f"{name}: source" if geometry.kind == "cone" else f"{name}: beam", "#ffb000", thick),
         _lines([*outlines, *beam], f"{name}: detector", "#4fa8ff", thick * 0.7),
@@ -447,22 +457,42 @@ def box_paths(grid: Grid) -> list[NDArray[np.float64]]:
     return [np.array(grid.center) + path * half for path in (*faces, *posts)]
 
 
-def _lines(paths: Sequence[NDArray[np.float64]], name: str, color: str, width: float) -> Vectors:
-    """Paths of (x, y, z) as a layer of line segments in (z, y, x).
+def _lines(paths: Sequence[NDArray[np.float64]], name: str, color: str, width: float) -> Surface:
+    """Paths of (x, y, z) as thin tubes in a layer in (z, y, x).
 
-    Segments rather than Shapes, which napari triangulates with numba: the first ones of a session take seconds.
+    Tubes are seen from every side, which the flat ribbons of Vectors are not; and napari triangulates Shapes with
+    numba, which takes many seconds the first time.
     """
-    segments = [np.stack([path[:-1], np.diff(path, axis=0)], axis=1) for path in paths]
-    return Vectors(
-        np.concatenate(segments)[:, :, ::-1],
+    vertices, faces = tubes(paths, width / 2)
+    return Surface(
+        (vertices[:, ::-1], faces),
+        vertex_colors=np.tile(transform_color(color), (len(vertices), 1)),
+        shading="none",
         name=name,
-        edge_color=color,
-        edge_width=width,
-        vector_style="line",
-        out_of_slice_display=True,
         metadata={KEY: {"shows": "geometry"}},
         **WORLD,
     )
+
+
+def tubes(paths: Sequence[NDArray[np.float64]], radius: float) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Square tubes along the segments of paths: vertices (8 a segment, 3) and triangles (8 a segment, 3)."""
+    start = np.concatenate([path[:-1] for path in paths])
+    stop = np.concatenate([path[1:] for path in paths])
+    along = stop - start
+    along /= np.maximum(np.linalg.norm(along, axis=1, keepdims=True), 1e-12)
+    least = np.eye(3)[np.abs(along).argmin(axis=1)]  # an axis that the segment does not follow
+    side = np.cross(along, least)
+    side /= np.maximum(np.linalg.norm(side, axis=1, keepdims=True), 1e-12)
+    other = np.cross(along, side)
+    rim = radius * np.stack([side, other, -side, -other], axis=1)  # (segments, 4, 3)
+    # A little longer than the segment, so that corners close.
+    ends = [start - radius * along, stop + radius * along]
+    vertices = np.concatenate([end[:, None] + rim for end in ends], axis=1).reshape(-1, 3)
+    k = np.arange(4)
+    following = (k + 1) % 4
+    one = np.concatenate([np.stack([k, following, k + 4], 1), np.stack([following, following + 4, k + 4], 1)])
+    faces = (8 * np.arange(len(start))[:, None, None] + one).reshape(-1, 3)
+    return vertices, faces
 
 
 def projections(scan: Scan) -> tuple[Any, dict[str, Any]]:
@@ -503,7 +533,8 @@ def projections(scan: Scan) -> tuple[Any, dict[str, Any]]:
         "scale": (1.0, pitch_v, pitch_u),
         "translate": (0.0, -(rows - 1) / 2 * pitch_v, -(columns - 1) / 2 * pitch_u),
         "axis_labels": ("view", "row", "column"),
-        "units": ("pixel", "mm", "mm"),
+        # A view is no millimetre, but layers of several units in one viewer make napari give up units altogether.
+        "units": ("mm", "mm", "mm"),
         "contrast_limits": (low, high) if high > low else (0.0, 1.0),
         "colormap": "gray",
         "metadata": {KEY: {"scan": str(scan.path), "options": scan.options.model_dump(mode="json")}},

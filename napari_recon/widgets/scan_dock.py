@@ -142,9 +142,7 @@ class ScanDock(Scrolled):
         if len(paths) == 1:
             self.session.open(paths[0])
         elif paths:
-            show_error(
-                f"{len(paths)} files were dropped and a scan is one file or folder: drop the folder they are in."
-            )
+            show_error(f"{len(paths)} files were dropped; a scan is one file or folder: drop the folder around them.")
 
     # -- showing ---------------------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ from napari_recon.widgets import layers as shown
 
 if TYPE_CHECKING:
     import numpy as np
-    from napari.layers import Layer
+    from napari.layers import Image, Layer
     from napari.viewer import Viewer
     from numpy.typing import NDArray
 
@@ -129,6 +129,7 @@ class Session(QObject):
         self._told: set[str] = set()
         self._live: dict[str, shown.LiveVolume] = {}
         self._outline: shown.PatchOutline | None = None
+        self._added: list[Layer] = []
         self._hidden: list[Layer] = []
         self._frame: tuple[Any, ...] = ()
         self._focus: tuple[float, float, float] | None = None
@@ -144,6 +145,7 @@ class Session(QObject):
         self._window.installEventFilter(self)
         self._canvas.installEventFilter(self)
         self._in_thread("worker", self.worker.start, lambda _: None)
+        self._in_thread("warm-up", shown.warm_up, lambda _: None)
         for layer in reversed(viewer.layers):
             if self._adopt(layer):
                 break
@@ -188,7 +190,7 @@ class Session(QObject):
         self.viewer.layers.events.inserted.disconnect(self._on_layer_inserted)
         self.viewer.layers.events.removed.disconnect(self._on_layer_removed)
         self.worker.close()
-        self._hidden = []
+        self._added, self._hidden = [], []
         del self.viewer, self._window, self._canvas
 
     # -- work off the event loop -----------------------------------------------------------------------------------
@@ -473,43 +475,53 @@ class Session(QObject):
     def _add_volume(self, message: VolumeReady) -> None:
         assert self.job is not None
         array = self.worker.volume(message.name)
-        name = "FDK" if message.name == "fdk" else method_name(self.job)
-        told = {"shows": "volume", "job": self.job.model_dump(mode="json"), "volume": message.name}
-        if message.name == "fdk":
-            self._make_room()
-        layer = shown.volume_layer(name, array, message.voxel_size, message.translate, told)
-        first = self._live.get("fdk")
-        if first is not None:
-            layer.contrast_limits_range = first.layer.contrast_limits_range
-            layer.contrast_limits = first.layer.contrast_limits
-            layer.colormap, layer.rendering = first.layer.colormap, first.layer.rendering
-        elif (limits := shown.contrast_limits(array)) is not None:
-            layer.contrast_limits_range = (min(0.0, limits[0]), 2 * limits[1])
-            layer.contrast_limits = limits
-        self.viewer.add_layer(layer)
-        live = [*self._live.values()]
-        self._live[message.name] = shown.LiveVolume(self.viewer, layer)
-        layers = [x.layer for x in live] + [layer]
-        shown.link(layers)
-        shown.side_by_side(self.viewer, layers, self.view)
         columns = 1 if self.job.parameters.method == "fdk" else 2
+        layer = self._same_fdk(array) if message.name == "fdk" else None
+        if message.name == "fdk":
+            self._hidden = [x for x in self.viewer.layers if x.visible and x is not layer]
+            shown.make_room(self.viewer, [layer] if layer else [], columns, self.view != "slices" and len(array) > 1)
+        told = {"shows": "volume", "job": self.job.model_dump(mode="json"), "volume": message.name}
+        if layer is not None:
+            layer.metadata[shown.KEY] = told
+            shown.cut_open(layer, self.view == "cut")
+        else:
+            name = "FDK" if message.name == "fdk" else method_name(self.job)
+            layer = shown.volume_layer(name, array, message.voxel_size, message.translate, told)
+            self._colour(layer)
+            shown.cut_open(layer, self.view == "cut")
+            self.viewer.add_layer(layer)
+            self._added.append(layer)
+        self._live[message.name] = shown.LiveVolume(self.viewer, layer)
+        shown.link([live.layer for live in self._live.values()])
         frame = (message.shape, message.voxel_size, message.translate, self.view, columns)
         if frame != self._frame:  # else the camera stays where the person has put it
             self._frame = frame
             # What lies in the corners of a volume is outside the field of view.
-            shown.look_at(self.viewer, layers, columns, fill=1.15 if self.viewer.dims.ndisplay == 3 else 0.96)
+            shown.look_at(self.viewer, [layer], columns, fill=1.15 if self.viewer.dims.ndisplay == 3 else 0.96)
         if message.name == "result":
             self._outline = shown.PatchOutline(self.viewer, layer)
 
-    def _make_room(self) -> None:
-        """Replace the FDK of an earlier run where this run's is the same; hide everything else."""
+    def _same_fdk(self, array: NDArray[np.float32]) -> Image | None:
+        """The FDK layer of an earlier run, where it shows the same: it is kept rather than built again."""
         assert self.job is not None
         mine = _fdk_identity(self.job.model_dump(mode="json"))
-        for layer in list(self.viewer.layers):
+        for layer in self.viewer.layers:
             told = _told_by(layer)
             if told.get("volume") == "fdk" and _fdk_identity(told["job"]) == mine:
-                self.viewer.layers.remove(layer)
-        self._hidden = [layer for layer in self.viewer.layers if layer.visible]
+                few = (slice(None, None, 7),) * 3  # the file may have changed; a sample tells
+                if layer.data.shape == array.shape and (layer.data[few] == array[few]).all():
+                    return layer
+        return None
+
+    def _colour(self, layer: Image) -> None:
+        """The contrast and colours of this run's FDK; FDK's own are set from its values, once."""
+        first = self._live.get("fdk")
+        if first is not None:
+            for name in shown.LINKED:
+                setattr(layer, name, getattr(first.layer, name))
+        elif (limits := shown.contrast_limits(layer.data)) is not None:
+            layer.contrast_limits_range = (min(0.0, limits[0]), 2 * limits[1])
+            layer.contrast_limits = limits
 
     def _end(self, message: Finished | Cancelled | Failed) -> None:
         self._timer.stop()
@@ -518,12 +530,14 @@ class Session(QObject):
             live.flush(force=True)
         self._let_go_of_layers()
         if isinstance(message, Cancelled):
-            for layer in layers.values():
-                if layer in self.viewer.layers:
-                    self.viewer.layers.remove(layer)
-            for layer in self._hidden:
-                if layer in self.viewer.layers:
-                    layer.visible = True
+            for added in self._added:
+                if added in self.viewer.layers:
+                    self.viewer.layers.remove(added)
+            for hidden in self._hidden:
+                if hidden in self.viewer.layers:
+                    hidden.visible = True
+            self.viewer.canvas.grid.enabled = False
+            self._frame = ()
             self._set_stage("cancelled")
         else:
             for layer in layers.values():
@@ -538,7 +552,7 @@ class Session(QObject):
         elif isinstance(message, Failed):
             self._set_stage("failed")
             show_error(message.text)
-        self._hidden = []
+        self._added, self._hidden = [], []
         self._set_state("idle")
         self.finished.emit(message)
 

@@ -415,46 +415,68 @@ def _backproject(filtered, matrices, out):  # type: ignore[no-untyped-def]
 
 @njit(parallel=True, **_FAST)
 def _backproject_aligned(filtered, matrices, out):  # type: ignore[no-untyped-def]
-    """As :func:`_backproject` where column and depth do not depend on z. filtered (n, columns + 3, rows + 3)."""
+    """As :func:`_backproject` where column and depth do not depend on z. filtered (n, columns + 3, rows + 3).
+
+    A tile of voxel columns takes two views at a time, so that it stores its sums half as often.
+    """
     views, width, height = filtered.shape
     depth, ny, nx = out.shape
     high_u, high_v = f32(width - 2), f32(height - 2)
-    block = 16
-    blocks = (nx + block - 1) // block
-    for task in prange(ny * blocks):
-        j, i0 = task // blocks, (task % blocks) * block
-        total = np.zeros((block, depth), f32)
-        column, offset, weight = np.empty(height, f32), np.empty(depth, i32), np.empty(depth, f32)
-        for n in range(views):
-            m = matrices[n]
-            for ii in range(min(block, nx - i0)):
-                i = i0 + ii
-                inverse = 1.0 / (m[2, 0] * i + m[2, 1] * j + m[2, 3])
-                u = f32((m[0, 0] * i + m[0, 1] * j + m[0, 3]) * inverse) + f32(1)
-                if u <= f32(0) or u >= high_u:
+    tile_x, tile_y = 8, 4
+    tiles_x, tiles_y = (nx + tile_x - 1) // tile_x, (ny + tile_y - 1) // tile_y
+    for task in prange(tiles_x * tiles_y):
+        j0, i0 = (task // tiles_x) * tile_y, (task % tiles_x) * tile_x
+        total = np.zeros((tile_y * tile_x, depth), f32)
+        column_a, column_b = np.empty(height, f32), np.empty(height, f32)
+        offset_a, offset_b = np.empty(depth, i32), np.empty(depth, i32)
+        weight_a, weight_b = np.empty(depth, f32), np.empty(depth, f32)
+        for n0 in range(0, views, 2):
+            for place in range(tile_y * tile_x):
+                j, i = j0 + place // tile_x, i0 + place % tile_x
+                if j >= ny or i >= nx:
                     continue
-                iu = i32(u)
-                column0, column1 = filtered[n, iu], filtered[n, iu + 1]
-                scale = f32(inverse * inverse)
-                g1 = (u - f32(iu)) * scale
-                g0 = scale - g1
-                for q in range(height):
-                    column[q] = g0 * column0[q] + g1 * column1[q]
-                v0 = f32((m[1, 0] * i + m[1, 1] * j + m[1, 3]) * inverse) + f32(1)
-                dv = f32(m[1, 2] * inverse)
-                acc = total[ii]
-                for k in range(depth):
-                    v = _clamp(v0 + dv * f32(i32(k)), high_v)
-                    iv = i32(v)
-                    weight[k] = v - f32(iv)
-                    offset[k] = iv
-                for k in range(depth):
-                    o = u64(u32(offset[k]))
-                    x0 = column[o]
-                    acc[k] += x0 + weight[k] * (column[o + u64(1)] - x0)
+                acc = total[place]
+                seen = 0
+                for n in range(n0, min(n0 + 2, views)):
+                    m = matrices[n]
+                    inverse = 1.0 / (m[2, 0] * i + m[2, 1] * j + m[2, 3])
+                    u = f32((m[0, 0] * i + m[0, 1] * j + m[0, 3]) * inverse) + f32(1)
+                    if u <= f32(0) or u >= high_u:
+                        continue
+                    iu = i32(u)
+                    column0, column1 = filtered[n, iu], filtered[n, iu + 1]
+                    scale = f32(inverse * inverse)
+                    g1 = (u - f32(iu)) * scale
+                    g0 = scale - g1
+                    v0 = f32((m[1, 0] * i + m[1, 1] * j + m[1, 3]) * inverse) + f32(1)
+                    dv = f32(m[1, 2] * inverse)
+                    column = column_b if seen else column_a
+                    offset = offset_b if seen else offset_a
+                    weight = weight_b if seen else weight_a
+                    for q in range(height):
+                        column[q] = g0 * column0[q] + g1 * column1[q]
+                    for k in range(depth):
+                        v = _clamp(v0 + dv * f32(i32(k)), high_v)
+                        iv = i32(v)
+                        weight[k] = v - f32(iv)
+                        offset[k] = iv
+                    seen += 1
+                if seen == 2:
+                    for k in range(depth):
+                        o, p = u64(u32(offset_a[k])), u64(u32(offset_b[k]))
+                        x0, y0 = column_a[o], column_b[p]
+                        x0 += weight_a[k] * (column_a[o + u64(1)] - x0)
+                        y0 += weight_b[k] * (column_b[p + u64(1)] - y0)
+                        acc[k] += x0 + y0
+                elif seen == 1:
+                    for k in range(depth):
+                        o = u64(u32(offset_a[k]))
+                        x0 = column_a[o]
+                        acc[k] += x0 + weight_a[k] * (column_a[o + u64(1)] - x0)
         for k in range(depth):
-            for ii in range(min(block, nx - i0)):
-                out[k, j, i0 + ii] += total[ii, k]
+            for j in range(j0, min(j0 + tile_y, ny)):
+                for i in range(i0, min(i0 + tile_x, nx)):
+                    out[k, j, i] += total[(j - j0) * tile_x + i - i0, k]
 
 
 # -- the projector ----------------------------------------------------------------------------------------------------
