@@ -170,7 +170,7 @@ def reconstruct(
             "air_normalisation": air_normalisation,
         }
         job = _validated(
-            scan=scan,
+            scan=scan.expanduser().absolute(),  # so that the volume's provenance can be run from anywhere
             options=options,
             shape=shape,
             voxel_size=voxel_size,

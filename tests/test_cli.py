@@ -90,6 +90,13 @@ def test_reconstruct_writes_a_volume_that_tells_how_it_was_made(scan, tmp_path, 
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_thin_volumes_are_reconstructed_patch_by_patch_too(scan, tmp_path, depth):
+    told = reconstruct(scan, tmp_path / "v.tif", "--shape", depth, 24, 24, "--voxel-size", 1.4, "--iterations", 2)
+    assert told["figures"]["residual"] > 0
+    assert read_volume(tmp_path / "v.tif").data.shape == (depth, 24, 24)
+
+
 def test_a_fitted_operator_is_used_and_refused_for_another_scan(scan, tmp_path):
     file = tmp_path / "h.safetensors"
     told = call("fit-operator", scan, "-o", file, "--device", "cpu", "--json")

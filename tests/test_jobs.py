@@ -271,6 +271,19 @@ def test_the_next_job_on_the_same_scan_reads_nothing(scan, monkeypatch):
     assert isinstance(list(run_job(make_job(scan, FDKParameters()), prepared=prepared))[-1], Finished)
 
 
+def test_a_scan_that_changed_on_disk_is_read_again(scan, tmp_path):
+    import shutil
+
+    own, prepared, parameters = tmp_path / "scan", Prepared(), FDKParameters()
+    shutil.copytree(scan, own)
+    before, after = Control(), Control()
+    list(run_job(make_job(own, parameters), before, prepared))
+    image = tifffile.imread(own / "scan_000004.tif")
+    tifffile.imwrite(own / "scan_000004.tif", image // 2)
+    list(run_job(make_job(own, parameters), after, prepared))
+    assert (before.volumes["fdk"] != after.volumes["fdk"]).any()
+
+
 # -- what goes wrong -----------------------------------------------------------------------------------------------
 
 

@@ -121,6 +121,15 @@ def test_terms_vary_the_kernel_with_position():
     assert (h.apply(x)[0, 0] - expected).norm() < 1e-5 * expected.norm()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_devices_compute_the_same(kind, monkeypatch):
+    h = random_operator((7, 1, 9), **KINDS[kind])
+    x = volumes(h)
+    expected = h.apply(x)
+    monkeypatch.setattr("napari_recon.physics.normal_operator._SCIPY", False)
+    assert torch.allclose(h.apply(x), expected, atol=1e-5 * float(expected.abs().max()))
+
+
 def test_backward_is_the_adjoint():
     h = random_operator((6, 5, 4), symmetric=False)
     x = volumes(h).requires_grad_()

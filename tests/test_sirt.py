@@ -1,5 +1,7 @@
 """SIRT: what it is known for."""
 
+import itertools
+
 import deepinv as dinv
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ def test_residual_falls_at_every_step(scan):
     updates = [(u.step, u.total, u.figures["residual"]) for u in SIRT(20, nonnegative=False).stream(y, physics)]
     assert [u[0] for u in updates] == list(range(21))
     assert updates[0][2] == pytest.approx(1.0)
-    assert all(b[2] < a[2] for a, b in zip(updates, updates[1:], strict=False))
+    assert all(b[2] < a[2] for a, b in itertools.pairwise(updates))
 
 
 def test_figures_are_of_the_volume_that_comes_with_them(scan):

@@ -4,6 +4,7 @@ import importlib
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from qtpy.QtCore import Qt, QTimer
 
 from napari_recon.jobs.messages import Finished
 from napari_recon.jobs.worker import Worker
+from napari_recon.scans import ScanOptions
 from napari_recon.widgets import session as session_module
 from napari_recon.widgets.session import Session
 
 LONG = 120_000
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +94,35 @@ def test_a_real_run_ends_with_a_better_volume_and_holds_nothing_up(dock, said, q
     assert len(spent) > 3
     assert np.median(spent) < 0.02
     assert sorted(spent)[-2] < 0.05, sorted(spent)[-5:]  # one hiccup of a shared machine is forgiven
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "ndisplay"),
+    [
+        ("docs/examples/diamond_parallel.toml", {"binning": 4}, 3),
+        ("docs/examples/tooth.toml", {"binning": 2, "views": 90}, 2),
+        ("../shared/data/helsinki_fan/htc2022_ta_full.mat", {"binning": 4, "views": 90}, 2),
+    ],
+)
+def test_measured_data_are_reconstructed(dock, said, qtbot, name, options, ndisplay):
+    path = ROOT / name
+    if not (ROOT / "../shared/data").is_dir():
+        pytest.skip("the measured data is not at ../shared/data")
+    dock.session.open(path, ScanOptions(**options))
+    qtbot.waitUntil(lambda: dock.session.scan is not None and dock.session.scan.path == path, timeout=LONG)
+    form = dock.forms[dock.method.currentIndex()]
+    form.set_value(form.value().model_copy(update={"patch": None, "iterations": 3}))
+    press(qtbot, dock.run)
+    qtbot.waitUntil(lambda: bool(dock.ended), timeout=LONG)
+    assert isinstance(dock.ended[0], Finished), dock.ended
+    viewer = dock.session.viewer
+    assert viewer.dims.ndisplay == ndisplay
+    fdk, result = viewer.layers
+    assert (fdk.name, result.name) == ("FDK", "TV")
+    low, high = fdk.contrast_limits
+    assert 0 <= low < high < np.inf
+    assert 0 < result.metadata["napari_recon"]["figures"]["residual"] < 0.5
+    assert not [text for severity, text in said if severity == "error"]
 
 
 def test_a_killed_process_leaves_the_viewer_the_volume_and_a_remedy(dock, said, qtbot):

@@ -106,9 +106,9 @@ def _items(job: ReconstructionJob, geometry: Geometry, grid: Grid, on_gpu: bool)
     }
     if parameters.method == "sirt":
         steps["iteration"] = 8 * volume + 4 * projections
-    elif isinstance(parameters, TVParameters) and parameters.patch is None:
+    elif parameters.method == "tv" and parameters.patch is None:
         steps["iteration"] = 22 * volume + 5 * projections
-    elif isinstance(parameters, TVParameters):
+    elif parameters.method == "tv" and parameters.patch is not None:
         patch = math.prod(min(parameters.patch, n) for n in grid.shape) * _FLOAT
         steps["patches"] = 13 * volume + 2 * projections + 30 * patch
         if parameters.operator != "exact":
@@ -150,6 +150,8 @@ def _remedy(
     if isinstance(parameters, TVParameters):
         if parameters.patch is None:
             advice.append("a patch of 64")
+        elif "fitting" in max(items, key=lambda name: items[name]):
+            advice.append("the exact data step")
         elif 94 * math.prod(min(parameters.patch, n) for n in grid.shape) * _FLOAT > 0.1 * needed:
             advice.append("a smaller patch")
     if any(name.startswith("GPU: ") for name in items):

@@ -370,18 +370,20 @@ class _Run:
         if parameters.operator != "fit":
             return NormalOperator.load(parameters.operator, self.physics, device)
         kept = self.prepared.things
-        if "operator" not in kept:
+        name = f"operator {self.job.seed}"
+        if name not in kept:
             file = _operator_file(self.physics, self.job.seed)
-            try:
-                kept["operator"] = NormalOperator.load(file, self.physics, device)
+            operator = None
+            with contextlib.suppress(ScanError, OSError):  # not there, damaged, or from another version
+                operator = NormalOperator.load(file, self.physics, device)
                 file.touch()  # used last, so forgotten last
-            except ScanError:  # not there, or from another version
+            if operator is None:
                 operator = yield from self._fit()
                 if operator is None:
                     return None
-                kept["operator"] = operator
                 _keep_operator(operator, file, self.physics)
-        return kept["operator"]
+            kept[name] = operator
+        return kept[name]
 
     def _fit(self) -> Generator[Message, None, NormalOperator | None]:
         from napari_recon.physics.normal import stream_normal_operator_fit
@@ -596,12 +598,12 @@ def _smaller(job: ReconstructionJob) -> str:
 
 
 def _state_of(path: Path) -> list[Any]:
-    """What tells whether a scan on disk is still the same."""
+    """What tells whether a scan on disk is still the same: times and sizes of its files."""
     try:
-        stat = path.stat()
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        return [[file.name, file.stat().st_mtime_ns, file.stat().st_size] for file in files]
     except OSError:
         return []
-    return [stat.st_mtime_ns, stat.st_size]
 
 
 def _digest(job: ReconstructionJob, *more: Any) -> str:

@@ -48,7 +48,7 @@ _IDLE = 1.0
 """Seconds without a job after which the child gives memory back, which takes a while."""
 
 _LAST_STEP = 0.5
-"""Seconds of these that a job has to end its step and tidy up."""
+"""Seconds of these that a job which may be writing has to stop."""
 
 
 class Worker:
@@ -349,7 +349,7 @@ class _Desk:
             if last is not None:
                 getattr(last[2], name)(*values)
         with self._changed:
-            if self._current is not None:
+            if self._current is not None and self._current[1].output is not None:  # it may be writing: let it stop
                 self._current[2].cancel()
                 self._changed.wait_for(lambda: self._current is None, _LAST_STEP)
         self.leave()

@@ -131,7 +131,8 @@ class PartitionedReconstructor(StreamingReconstructor):
         The first context: "fdk", "zeros", a volume, or a function of (y, physics); see
         :func:`napari_recon.reconstruction.start.start_volume`.
     passes
-        Sweeps over all patches; each has the result of the last as its context.
+        Sweeps over all patches; each has the result of the last as its context. Two passes of half the iterations cost
+        the same as one, and come closer to what the algorithm does on the whole volume.
     window
         n -> (n,) positive weights along an axis.
     """

@@ -30,7 +30,7 @@ class Curve(FigureCanvasQTAgg):
     def __init__(self) -> None:
         figure = Figure(figsize=(3.6, 1.3), dpi=80)
         super().__init__(figure)
-        self.setFixedHeight(112)
+        self.setFixedHeight(102)
         self.axes = figure.add_axes((0.15, 0.22, 0.82, 0.62))
         (self.line,) = self.axes.plot([], [], lw=1.5, color="#ffb000")
         self.name = ""

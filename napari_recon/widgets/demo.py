@@ -85,7 +85,7 @@ def arrange(viewer: napari.Viewer) -> tuple[ScanDock, ReconstructDock]:
     dock.forms[dock.method.currentIndex()].editors["patch"].put(PATCH)
 
     def share_the_column() -> None:
-        wanted = scan_dock.sizeHint().height() + 58
+        wanted = scan_dock.sizeHint().height() + 46
         window = scan_frame.window()
         window.resizeDocks([scan_frame, frame], [wanted, SIZE[1] - wanted], Qt.Orientation.Vertical)
         window.resizeDocks([scan_frame], [360], Qt.Orientation.Horizontal)

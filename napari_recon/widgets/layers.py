@@ -164,8 +164,8 @@ class LiveVolume:
     uploading only those boxes into the texture, in 2D by a refresh if the slice that is shown was touched.
 
     Drawing a volume can take longer than computing a patch (software GL takes a second). So nothing is uploaded before
-    what was uploaded last has been drawn, and then only after a rest of twice the time that the drawing took, so that
-    most of the event loop's time stays with the person. The boxes of the meantime are merged.
+    what was uploaded last has been drawn, and then only after a rest of three times as long as the drawing took, so
+    that most of the event loop's time stays with the person. The boxes of the meantime are merged.
     """
 
     def __init__(self, viewer: Viewer, layer: Image) -> None:
@@ -191,7 +191,7 @@ class LiveVolume:
         Lateness is the only honest measure of drawing: vispy's draw event returns after milliseconds, and the GL calls
         that it queued are carried out when Qt swaps the buffers.
         """
-        self._not_before = time.perf_counter() + min(3.0, 2 * late)
+        self._not_before = time.perf_counter() + min(4.0, 3 * late)
 
     def changed(self, box: Box) -> None:
         """Note that the data in ``box`` are new."""

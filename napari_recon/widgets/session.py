@@ -44,6 +44,8 @@ POLL = 30
 """Milliseconds between two looks at what the process has to say."""
 FOCUS_EVERY = 0.25
 """Seconds between two looks at where the person looks."""
+THIN = 8
+"""Slices below which a volume is shown in 2D whatever was asked for."""
 LATE = 0.02
 """Seconds by which a look comes late when the event loop was busy drawing."""
 METHOD_NAMES = {"fdk": "FDK", "sirt": "SIRT", "tv": "TV", "padmm": "PADMM", "unrolled": "Unrolled"}
@@ -479,7 +481,8 @@ class Session(QObject):
         layer = self._same_fdk(array) if message.name == "fdk" else None
         if message.name == "fdk":
             self._hidden = [x for x in self.viewer.layers if x.visible and x is not layer]
-            shown.make_room(self.viewer, [layer] if layer else [], columns, self.view != "slices" and len(array) > 1)
+            volumetric = self.view != "slices" and min(array.shape) >= THIN
+            shown.make_room(self.viewer, [layer] if layer else [], columns, volumetric)
         told = {"shows": "volume", "job": self.job.model_dump(mode="json"), "volume": message.name}
         if layer is not None:
             layer.metadata[shown.KEY] = told
