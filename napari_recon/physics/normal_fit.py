@@ -535,4 +535,5 @@ def _smooth(x: Tensor) -> Tensor:
     if x.is_complex():
         return torch.complex(_smooth(x.real), _smooth(x.imag))
     pool = {2: torch.nn.functional.avg_pool2d, 3: torch.nn.functional.avg_pool3d}[x.ndim]
-    return pool(x[None, None], 3, stride=1, padding=1, count_include_pad=False)[0, 0]
+    width = tuple(3 if n > 2 else 1 for n in x.shape)  # a fan beam's volume is one slice
+    return pool(x[None, None], width, stride=1, padding=tuple(n // 2 for n in width), count_include_pad=False)[0, 0]

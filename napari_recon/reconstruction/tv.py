@@ -261,7 +261,7 @@ def tv_pgd(
     iterations: int = 20,
     regularization: float = 1e-3,
     nonnegative: bool = True,
-    inner: int = 10,
+    inner: int = 5,
 ) -> dinv.optim.PGD:
     """The PGD of deepinv for the objective of :class:`TV`, to reconstruct patches with.
 
