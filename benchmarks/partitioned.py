@@ -190,4 +190,5 @@ if __name__ == "__main__":
     if arguments[:1] == ["--memory"]:
         print(json.dumps(_measure(int(arguments[1]), int(arguments[2]))))
     else:
-        run(*(int(a) for a in arguments))
+        numbers = [int(a) for a in arguments]
+        run(*(numbers[:1] or [64]), *(numbers[1:2] or [60]))

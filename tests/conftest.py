@@ -13,7 +13,12 @@ os.environ.pop("QT_QPA_PLATFORM", None)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Skip what needs a window where there is none, and say how to get one."""
+    """Windows come last; where there is no screen they are skipped, and told how to get one.
+
+    Mesa's software OpenGL and triton, which deepinv brings in, each hold an LLVM of their own. Loading triton after
+    OpenGL crashes the process, so whatever needs torch runs first. (A viewer never loads torch: its process does.)
+    """
+    items.sort(key=lambda item: item.path.name.startswith("test_widgets"))
     if sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
         return
     skip = pytest.mark.skip(reason="needs a screen: run under xvfb-run, as `make test` does")

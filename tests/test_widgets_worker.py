@@ -3,6 +3,8 @@
 import importlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -233,3 +235,21 @@ def test_timers_stop_with_the_session(dock, qtbot):
     session.close()
     assert not [t for t in session.findChildren(QTimer) if t.isActive()]
     viewer.add_image(np.zeros((4, 4)))  # nothing is connected any more
+
+
+def test_the_viewers_process_never_loads_torch(folder):
+    """Beside software OpenGL it would crash (see conftest.py), and it takes seconds that the event loop does not have."""
+    code = f"""
+import sys
+from napari_recon.jobs.job import ReconstructionJob
+from napari_recon.jobs.memory import plan_memory
+from napari_recon.jobs.worker import Worker
+from napari_recon.scans import open_scan
+from napari_recon.widgets import contributions, demo, layers, reconstruct_dock, scan_dock, session
+scan = open_scan({str(folder)!r})
+scan.summary(), scan.checks(), layers.projections(scan)
+plan_memory(ReconstructionJob(scan=scan.path, device="cpu"), scan)
+print(sorted(m for m in ("torch", "triton", "deepinv") if m in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

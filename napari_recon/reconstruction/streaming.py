@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from deepinv.models import Reconstructor
 from deepinv.physics import Physics
 from torch import Tensor

@@ -265,8 +265,8 @@ def tv_pgd(
 ) -> dinv.optim.PGD:
     """The PGD of deepinv for the objective of :class:`TV`, to reconstruct patches with.
 
-    Not accelerated on purpose: H is not positive definite, and FISTA's momentum carries what little is wrong with it far
-    in tens of iterations, where PGD stays put.
+    Not accelerated on purpose: H is not positive definite, and FISTA's momentum carries what little is wrong with it
+    far in tens of iterations, where PGD stays put.
 
     Parameters
     ----------
