@@ -191,4 +191,4 @@ if __name__ == "__main__":
         print(json.dumps(_measure(int(arguments[1]), int(arguments[2]))))
     else:
         numbers = [int(a) for a in arguments]
-        run(*(numbers[:1] or [64]), *(numbers[1:2] or [60]))
+        run(size=numbers[0] if numbers else 64, views=numbers[1] if len(numbers) > 1 else 60)

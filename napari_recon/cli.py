@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -494,6 +495,9 @@ def _bar() -> Iterator[Callable[[str | None, str, float | None], None]]:
 
 def main() -> None:
     """Entry point of the command ``napari-recon``."""
+    from napari_recon.jobs.job import quiet_threads
+
+    quiet_threads(os.environ)
     app()
 
 

@@ -8,8 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from napari_recon.jobs.job import quiet_threads
+
 # Tests draw into a real (virtual) screen: Qt's offscreen platform has no OpenGL.
 os.environ.pop("QT_QPA_PLATFORM", None)
+quiet_threads(os.environ)  # as the command line and the viewer's process do
 
 
 def pytest_collection_modifyitems(config, items):

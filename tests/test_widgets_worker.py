@@ -238,7 +238,7 @@ def test_timers_stop_with_the_session(dock, qtbot):
 
 
 def test_the_viewers_process_never_loads_torch(folder):
-    """Beside software OpenGL it would crash (see conftest.py), and it takes seconds that the event loop does not have."""
+    """Beside software OpenGL it would crash (see conftest.py); and it takes seconds that the event loop has not."""
     code = f"""
 import sys
 from napari_recon.jobs.job import ReconstructionJob

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -193,21 +194,26 @@ def available_memory() -> int:
 
 
 def _gpu_free(device: str) -> int | None:
-    """Free memory of the GPU that ``device`` stands for, or None where the CPU computes.
+    """Free memory in bytes of the GPU that ``device`` stands for, or None where the CPU computes.
 
-    torch is imported only where a GPU may be: the docks ask for a plan, and a viewer does without torch.
+    Where torch is not loaded the driver's own ``nvidia-smi`` is asked: the docks want a plan, and loading torch into a
+    viewer after its OpenGL brings the viewer down (two LLVMs in one process).
     """
-    if device == "cpu" or ("torch" not in sys.modules and not _has_nvidia()):
+    if device == "cpu":
         return None
-    import torch
+    if "torch" in sys.modules:
+        import torch
 
-    if not torch.cuda.is_available():
+        if not torch.cuda.is_available():
+            return None
+        return int(torch.cuda.mem_get_info(None if device == "auto" else torch.device(device))[0])
+    index = device.partition(":")[2] or "0"
+    query = ["nvidia-smi", f"--id={index}", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True)
+        return int(answer.stdout.split()[0]) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
-    return int(torch.cuda.mem_get_info(None if device == "auto" else torch.device(device))[0])
-
-
-def _has_nvidia() -> bool:
-    return sys.platform == "win32" or Path("/proc/driver/nvidia").exists() or Path("/dev/nvidiactl").exists()
 
 
 # -- what this process took ----------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import threading
 import time
 import traceback
@@ -345,8 +346,9 @@ class _Run:
         from napari_recon.reconstruction.tv import tv_pgd
 
         size, physics = (1, *self.grid.shape), self.physics
+        iterations = math.ceil(parameters.iterations / parameters.passes)
         method = PartitionedReconstructor(
-            base_reconstructor=tv_pgd(physics, self.start, parameters.iterations, parameters.regularization),
+            base_reconstructor=tv_pgd(physics, self.start, iterations, parameters.regularization),
             img_size=size,
             patch_size=patch,
             passes=parameters.passes,

@@ -33,7 +33,7 @@ from typing import IO, Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from napari_recon.jobs.job import ReconstructionJob
+from napari_recon.jobs.job import ReconstructionJob, quiet_threads
 from napari_recon.jobs.messages import Cancelled, Failed, Finished, Message, VolumeReady
 from napari_recon.jobs.run import Control
 from napari_recon.jobs.volumes import remove_partial
@@ -125,7 +125,11 @@ class Worker:
             else:  # Ctrl-C in the terminal is for the viewer
                 flags["process_group"] = 0
             process = subprocess.Popen(
-                [sys.executable, "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **flags
+                [sys.executable, "-c", command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=quiet_threads(dict(os.environ)),
+                **flags,
             )
             orders: deque[bytes] = deque()
             with self._lock:
@@ -378,10 +382,14 @@ def _take_standard_streams() -> tuple[IO[bytes], IO[bytes]]:
 def _warm_up() -> None:
     """Import and compile what every job needs. What fails here will be said by the job that needs it."""
     with contextlib.suppress(Exception):
-        import napari_recon.reconstruction  # noqa: F401
+        import torch
+
         from napari_recon.physics import projectors
 
         projectors.warm_up()
+        from napari_recon.reconstruction.tv import TVPrior
+
+        TVPrior(2, nonnegative=True).prox(torch.rand(1, 1, 8, 8, 8), gamma=0.1)
 
 
 # -- the pipe ------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import napari
-from napari.settings import get_settings
 from qtpy.QtCore import Qt, QTimer
 
 from napari_recon.jobs.messages import Failed
@@ -35,7 +34,6 @@ def run_demo(screenshot: Path | None = None, sample: str = "walnut-like") -> int
     -------
     The process's exit status: 0, or 1 if the reconstruction failed (its sentence is on stderr).
     """
-    get_settings().appearance.theme = "dark"
     viewer = napari.Viewer(title="napari-recon", show_welcome_screen=False)
     demo = Demo(viewer, screenshot)
     demo.session.open(sample_path(sample))
