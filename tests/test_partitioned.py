@@ -156,7 +156,7 @@ def test_the_papers_two_calls(scan, normal):
 @pytest.mark.parametrize("form", ["exact", "H"])
 def test_a_patch_as_large_as_the_volume_is_the_global_algorithm(scan, x_fdk, normal, base, form):
     physics, y, _ = scan
-    recon = PartitionedReconstructor(base, (N, N, N), patch_size=2 * N)
+    recon = PartitionedReconstructor(base, (N, N, N), patch_size=2 * N, global_steps=0)
     if form == "exact":
         expected = base(y, physics, init=x_fdk)
         found = recon(y, physics)
@@ -183,7 +183,7 @@ def test_gradient_on_a_patch_is_that_of_the_whole(scan, x_fdk, normal, form):
 
     scaling = 0.01 if form == "scaled H" else 1.0
     meant = physics if form == "exact" else DiagCirculantWrapper(physics, scaling=scaling, operator=normal)
-    boxes = [u.next_box for u in PartitionedReconstructor(Look(), patch_size=12).stream(y, meant)][:-1]
+    boxes = [u.next_box for u in PartitionedReconstructor(Look(), patch_size=12, global_steps=0).stream(y, meant)][:-1]
     gradient = physics.A_adjoint(physics.A(x_fdk) - y)
     for box, (found, _, _) in zip(boxes, seen, strict=True):
         assert torch.allclose(found, scaling * gradient[(..., *box)], atol=1e-4 * scaling * float(gradient.abs().max()))
@@ -198,9 +198,12 @@ def test_exact_patches_with_and_without_restriction_agree(scan, x_fdk, base):
 def test_with_h_no_patch_touches_the_projections(scan, x_fdk, normal, base):
     physics, y, _ = scan
     counted = Counted(physics)
-    recon = PartitionedReconstructor(base, patch_size=12, init=x_fdk, passes=2)
+    recon = PartitionedReconstructor(base, patch_size=12, init=x_fdk, passes=2, global_steps=0)
     recon(y, DiagCirculantWrapper(counted, operator=normal))
     assert counted.calls == {"A": 3, "A_adjoint": 2}  # one each a pass, and the residual at the end
+    recon.global_steps = 3
+    recon(y, DiagCirculantWrapper(counted, operator=normal))
+    assert counted.calls == {"A": 6 + 2 * 3, "A_adjoint": 4 + 2 * 3}  # one each a global step more
 
 
 def test_a_solution_stays_where_it_is(scan, normal):
@@ -211,12 +214,29 @@ def test_a_solution_stays_where_it_is(scan, normal):
         assert torch.allclose(recon(physics.A(truth), meant), truth, atol=1e-5)
 
 
+def test_many_small_patches_do_not_all_mend_the_same_error(scan):
+    """A start that is wrong as a whole: each patch alone would mend it, and together they would overshoot."""
+    geometry = Geometry.cone(np.arange(60) * 6.0, (1, 96), 1.0, 410.0, 550.0)
+    physics = XRayTransform(geometry, Grid((1, 64, 64), 0.75), device="cpu")
+    z = torch.linspace(-1, 1, 64)
+    truth = 0.02 * (z[:, None] ** 2 + z**2 < 0.7).float()[None, None, None]
+    y, start = physics.A(truth), 0.7 * truth
+    pgd = dinv.optim.PGD(data_fidelity=dinv.optim.L2(), stepsize=1 / physics.sqnorm, max_iter=20)
+
+    def error(global_steps):
+        recon = PartitionedReconstructor(pgd, patch_size=8, init=start, global_steps=global_steps)
+        return float((recon(y, physics) - truth).norm() / truth.norm())
+
+    assert error(0) > 0.3  # worse than the start, which is off by 0.3
+    assert error(4) < 0.15
+
+
 # -- the stream ----------------------------------------------------------------------------------------------------
 
 
 def test_stream_tells_everything(scan, x_fdk, normal, base):
     physics, y, _ = scan
-    recon = PartitionedReconstructor(base, patch_size=12, passes=2)
+    recon = PartitionedReconstructor(base, patch_size=12, passes=2, global_steps=0)
     shown, promised, residuals, boxes = None, None, [], []
     for update in recon.stream(y, physics, operator=normal):
         if update.step == 0:
@@ -242,7 +262,7 @@ def test_stream_tells_everything(scan, x_fdk, normal, base):
 
 def test_what_is_shown_is_the_context_where_nothing_was_done(scan, x_fdk):
     physics, y, _ = scan
-    recon = PartitionedReconstructor(Context(add=1.0), patch_size=12, init=x_fdk)
+    recon = PartitionedReconstructor(Context(add=1.0), patch_size=12, init=x_fdk, global_steps=0)
     for update in recon.stream(y, physics):
         if update.step == 0:
             shown = update.values

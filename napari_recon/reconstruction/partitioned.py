@@ -135,6 +135,11 @@ class PartitionedReconstructor(StreamingReconstructor):
         the same as one, and come closer to what the algorithm does on the whole volume.
     window
         n -> (n,) positive weights along an axis.
+    global_steps
+        Conjugate-gradient steps on ½‖Ax − y‖² over the whole volume before each pass, an A and an Aᵀ each. What the
+        patches share and none sees whole is the residual's low frequencies: each patch would explain all of them, and
+        many small patches together overshoot. Low frequencies are where AᵀA is largest, so a few steps remove them.
+        0 is the bare scheme.
     """
 
     def __init__(
@@ -146,8 +151,12 @@ class PartitionedReconstructor(StreamingReconstructor):
         init: Start = "fdk",
         passes: int = 1,
         window: Window = hann,
+        global_steps: int = 4,
     ) -> None:
         super().__init__()
+        if int(global_steps) < 0:
+            raise ScanError(f"global_steps is {global_steps}; it must be 0 or more.")
+        self.global_steps = int(global_steps)
         if int(passes) < 1:
             raise ScanError(f"A partitioned reconstruction needs at least one pass, not {passes}.")
         self.base_reconstructor = base_reconstructor
@@ -216,7 +225,9 @@ class PartitionedReconstructor(StreamingReconstructor):
         box = pick(waiting)
         yield Update(whole(shown), shown, 0, total, figures, box)
         for sweep in range(self.passes):
-            gradient = exact.A_adjoint(residual)
+            gradient = _global_steps(exact, shown, residual, self.global_steps)
+            if self.global_steps:
+                context.copy_(shown)
             half_square = 0.5 * float(torch.linalg.vector_norm(residual)) ** 2 or 1.0
             del residual
             following: Region | None = box
@@ -337,6 +348,24 @@ def _start_option(base: Reconstructor, context: Tensor) -> dict[str, Any]:
     if "init" in options or isinstance(base, StreamingReconstructor):
         return {"init": context}
     return {}
+
+
+def _global_steps(physics: LinearPhysics, x: Tensor, residual: Tensor, steps: int) -> Tensor:
+    """Take conjugate-gradient steps from x; changes x and residual = A x - y in place, returns the gradient there."""
+    gradient = physics.A_adjoint(residual)
+    square = float(torch.linalg.vector_norm(gradient)) ** 2
+    direction = -gradient
+    for _ in range(steps):
+        a_direction = physics.A(direction)
+        curvature = float(torch.linalg.vector_norm(a_direction)) ** 2
+        if not curvature > 0:
+            break
+        x.add_(direction, alpha=square / curvature)
+        residual.add_(a_direction, alpha=square / curvature)
+        gradient = physics.A_adjoint(residual)
+        before, square = square, float(torch.linalg.vector_norm(gradient)) ** 2
+        direction.mul_(square / before).sub_(gradient)
+    return gradient
 
 
 def _forget(base: Reconstructor) -> None:
