@@ -136,7 +136,8 @@ class PartitionedReconstructor(StreamingReconstructor):
     window
         n -> (n,) positive weights along an axis.
     global_steps
-        Conjugate-gradient steps on ½‖Ax − y‖² over the whole volume before each pass, an A and an Aᵀ each. What the
+        Conjugate-gradient steps on ½‖Ax − y‖² over the whole volume before the first pass, an A and an Aᵀ each, and one
+        before each later pass. What the
         patches share and none sees whole is the residual's low frequencies: each patch would explain all of them, and
         many small patches together overshoot. Low frequencies are where AᵀA is largest, so a few steps remove them.
         0 is the bare scheme.
@@ -225,7 +226,9 @@ class PartitionedReconstructor(StreamingReconstructor):
         box = pick(waiting)
         yield Update(whole(shown), shown, 0, total, figures, box)
         for sweep in range(self.passes):
-            gradient = _global_steps(exact, shown, residual, self.global_steps)
+            # Later passes need less: what is left is small, and each step fits some of the noise that a prior removed.
+            steps = self.global_steps if sweep == 0 else min(1, self.global_steps)
+            gradient = _global_steps(exact, shown, residual, steps)
             if self.global_steps:
                 context.copy_(shown)
             half_square = 0.5 * float(torch.linalg.vector_norm(residual)) ** 2 or 1.0
