@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.backends.backend_qtagg import FigureCanvasQTAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from qtpy.QtCore import QSize, QTimer
 
 from napari_recon.widgets.style import colour
@@ -94,6 +94,10 @@ class Curve(FigureCanvasQTAgg):
         scale: Any = "log" if min(values) > 0 and max(values) > 3 * min(values) else "linear"
         if self.axes.get_yscale() != scale:
             self.axes.set_yscale(scale)
+            if scale == "log":  # plain numbers: matplotlib's powers of ten take longer to set than all else to draw
+                self.axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                self.axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+                self.axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         self.axes.relim()
         self.axes.autoscale_view()
         self._paint_in_theme()
