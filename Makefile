@@ -38,7 +38,7 @@ check: $(READY)
 	@cmp napari.yaml napari_recon/napari.yaml
 
 bench: $(READY)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt ".[rtk]" || echo "itk-rtk is not to be had here: its rows are left out"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[gui,hdf5,dev,rtk]" || echo "itk-rtk is not to be had here: its rows are left out"
 	$(SCREEN) $(BIN)/napari-recon bench all
 
 clean:
