@@ -28,7 +28,7 @@ from napari_recon.physics.normal import DiagCirculantWrapper, NormalOperator, ff
 from napari_recon.physics.xray import XRayTransform
 from napari_recon.reconstruction.fdk import FDK
 from napari_recon.reconstruction.partitioned import PartitionedReconstructor
-from napari_recon.reconstruction.tv import TV, tv_pgd
+from napari_recon.reconstruction.tv import TV, tv_patch_solver
 from napari_recon.scans.geometry import Geometry
 from napari_recon.scans.grid import Grid
 
@@ -63,7 +63,7 @@ def run(size: int = 64, views: int = 60, patch: int | None = None, exact: bool =
 
     x_fdk = FDK()(y, physics)
     rows: list[dict[str, Any]] = [{"method": "FDK", "seconds": 0.0, "PSNR dB": psnr(x_fdk)}]
-    base = tv_pgd(physics, x_fdk, ITERATIONS, REGULARIZATION)
+    base = tv_patch_solver(physics, x_fdk, ITERATIONS, REGULARIZATION)
 
     def timed(method: str, reconstruct: Any) -> torch.Tensor:
         start = time.perf_counter()
@@ -86,8 +86,8 @@ def run(size: int = 64, views: int = 60, patch: int | None = None, exact: bool =
             }
         )
     timed("global FISTA", lambda: TV(ITERATIONS, REGULARIZATION, init=x_fdk)(y, physics))
-    timed("global PGD", lambda: base(y, physics, init=x_fdk))
-    half = tv_pgd(physics, x_fdk, ITERATIONS // 2, REGULARIZATION)
+    timed("global FISTA of deepinv", lambda: base(y, physics, init=(x_fdk, x_fdk)))
+    half = tv_patch_solver(physics, x_fdk, ITERATIONS // 2, REGULARIZATION)
     for passes, solver in ((1, base), (2, half), (2, base)):
         recon = PartitionedReconstructor(solver, patch_size=patch, init=x_fdk, passes=passes)
         label = f"{passes} x {solver.max_iter}"
@@ -140,7 +140,7 @@ def _measure(size: int, views: int) -> dict[str, Any]:
         operator = NormalOperator(torch.ones((n,) * 3), spectrum)
         x0 = torch.from_numpy(rng.random((1, 1, n, n, n), dtype=np.float32))
         y = physics.A(x0)
-        base = tv_pgd(physics, x0, 3, REGULARIZATION)
+        base = tv_patch_solver(physics, x0, 3, REGULARIZATION)
         recon = PartitionedReconstructor(base, patch_size=MEMORY_PATCH, init=x0)
         wrapped = DiagCirculantWrapper(physics, operator=operator)
         gc.collect()

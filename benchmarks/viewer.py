@@ -151,10 +151,17 @@ def first_patch(scan: Path, patch: int) -> list[dict[str, Any]]:
         wait(dock.run.isEnabled)
         start = time.perf_counter()
         dock.run.click()
-        wait(lambda: "result" in session._live and session.progress is not None and session.progress.name == "result")
+        wait(
+            lambda: (
+                session.display is not None
+                and "result" in session.display.live
+                and session.progress is not None
+                and session.progress.name == "result"
+            )
+        )
         told = time.perf_counter() - start
-        live = session._live["result"]
-        wait(lambda: not live._drawn or "result" not in session._live)
+        live = session.display.live["result"]
+        wait(lambda: not live._drawn or "result" not in session.display.live)
         uploaded = time.perf_counter() - start
         wait(lambda: live._drawn)
         QApplication.processEvents()

@@ -16,14 +16,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
 import typer
 
 if TYPE_CHECKING:
-    from napari_recon.jobs import ReconstructionJob
+    from napari_recon.jobs import Job, OperatorJob, ReconstructionJob
     from napari_recon.jobs.messages import Finished
     from napari_recon.scans import Scan
+
+SomeJob = TypeVar("SomeJob", "ReconstructionJob", "OperatorJob")
 
 app = typer.Typer(
     name="napari-recon",
@@ -144,6 +146,7 @@ def reconstruct(
 ) -> None:
     """Reconstruct a scan into a volume."""
     with _told(as_json) as say:
+        from napari_recon.jobs.job import ReconstructionJob
         from napari_recon.jobs.volumes import check_output
         from napari_recon.scans.errors import ScanError
 
@@ -171,6 +174,7 @@ def reconstruct(
             "air_normalisation": air_normalisation,
         }
         job = _validated(
+            ReconstructionJob,
             scan=scan.expanduser().absolute(),  # so that the volume's provenance can be run from anywhere
             options=options,
             shape=shape,
@@ -182,29 +186,40 @@ def reconstruct(
         )
         for sentence in _open(scan, **options).checks():
             _note(f"warning: {sentence}")
-        finished = _run(job)
-        made = finished.provenance
-        if as_json:
-            say(
-                {
-                    "output": finished.output,
-                    "seconds": finished.seconds,
-                    "peak_memory": finished.peak_memory,
-                    "figures": finished.figures,
-                    "job": made["job"],
-                }
-            )
-        else:
-            from napari_recon.jobs.memory import readable
-
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in finished.figures.items())
-            print(f"{finished.output}: {shown}; {finished.seconds:.1f} s, at most {readable(finished.peak_memory)}")
+        _report(_run(job), as_json, say)
 
 
 @app.command("fit-operator")
 def fit_operator(
     scan: ScanPath,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="A .safetensors file to write.")],
+    terms: Annotated[
+        int | None, typer.Option(metavar="1|3", help="Kernels: 1, or 3 that vary with height and radius.")
+    ] = None,
+    nonsymmetric: Annotated[
+        bool, typer.Option("--nonsymmetric", help="The paper's form for CT: m on one side.")
+    ] = False,
+    complex_filter: Annotated[
+        bool, typer.Option("--complex-filter", help="With --nonsymmetric: a kernel that is not its own mirror image.")
+    ] = False,
+    distribution: Annotated[
+        Literal["white", "image", "residual"] | None, typer.Option(help="Random volumes that H is fitted on.")
+    ] = None,
+    probes: Annotated[int | None, typer.Option(metavar="N", help="Random volumes.")] = None,
+    iterations: Annotated[int | None, typer.Option(metavar="N", help="Rounds of lambda and m.")] = None,
+    positions: Annotated[int | None, typer.Option(metavar="N", help="Point-spread functions of the start.")] = None,
+    support: Annotated[
+        int | None, typer.Option(metavar="N", help="Largest offset of the kernel in voxels; by default all.")
+    ] = None,
+    mask_step: Annotated[
+        int | None, typer.Option(metavar="N", help="m is piecewise linear on a grid of so many voxels.")
+    ] = None,
+    volume: Annotated[
+        Path | None, typer.Option(metavar="VOLUME", help="What to see the operator on; by default the scan's FDK.")
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="x, AtA x, H x, lambda, m and the squared error as a picture.")
+    ] = None,
     views: Views = None,
     binning: Binning = 1,
     axis_offset: AxisOffset = None,
@@ -217,53 +232,52 @@ def fit_operator(
 ) -> None:
     """Fit the normal operator of a scan: m and lambda, which stand for projecting to and fro."""
     with _told(as_json) as say:
-        from napari_recon.scans.errors import ScanError
+        from napari_recon.jobs.job import OperatorJob
 
-        if output.suffix != ".safetensors":
-            raise ScanError(f"The operator file {output} must end in .safetensors.")
-        if output.is_dir() or not output.absolute().parent.is_dir():
-            raise ScanError(f"{output} cannot be written: its folder must exist, and it must not be a folder itself.")
-        start = time.perf_counter()
+        if figure is not None:
+            from napari_recon.jobs.figure import check_figure
+
+            check_figure(figure)
+        given = {
+            "terms": terms,
+            "symmetric": not nonsymmetric,
+            "real_filter": not complex_filter,
+            "distribution": distribution,
+            "probes": probes,
+            "iterations": iterations,
+            "positions": positions,
+            "support": support,
+            "mask_step": mask_step,
+        }
+        options: dict[str, Any] = {
+            "views": views,
+            "binning": binning,
+            "axis_offset": axis_offset,
+            "air_normalisation": air_normalisation,
+        }
         job = _validated(
-            scan=scan,
-            options={
-                "views": views,
-                "binning": binning,
-                "axis_offset": axis_offset,
-                "air_normalisation": air_normalisation,
-            },
+            OperatorJob,
+            scan=scan.expanduser().absolute(),
+            options=options,
             shape=shape,
             voxel_size=voxel_size,
+            parameters={name: value for name, value in given.items() if value is not None},
+            volume=volume,
             device=device,
+            output=output,
             seed=seed,
         )
-        from napari_recon.jobs.memory import peak_memory, plan_memory
-        from napari_recon.physics import XRayTransform
-        from napari_recon.physics.devices import resolve_device
-        from napari_recon.physics.normal import stream_normal_operator_fit
+        opened = _open(scan, **options)
+        for sentence in opened.checks():
+            _note(f"warning: {sentence}")
+        shown: dict[str, Any] = {}
+        finished = _run(job, shown)
+        if figure is not None:
+            from napari_recon.jobs.figure import operator_figure
 
-        opened = _open(scan, views, binning, axis_offset, air_normalisation)
-        place = resolve_device(device)
-        plan = plan_memory(job, opened)
-        if not plan.fits:
-            raise ScanError(plan.sentence)
-        physics = XRayTransform.from_scan(opened, shape, voxel_size, place)
-        operator = None
-        with _bar() as bar:
-            bar("fitting the normal operator", "", None)
-            for update in stream_normal_operator_fit(physics, seed=seed):
-                operator = update.operator
-                error = update.figures.get("held_out")
-                told = "" if error is None else f"relative error {error:.2g}"
-                bar(None, f"{update.stage} {told}", update.step / update.total)
-        assert operator is not None
-        operator.save(output, physics)
-        errors = {name: float(value) for name, value in operator.errors.items()}
-        seconds = time.perf_counter() - start
-        if as_json:
-            say({"output": str(output), "errors": errors, "seconds": seconds, "peak_memory": peak_memory()})
-        else:
-            print(f"{output}: " + ", ".join(f"{k} {v:.3g}" for k, v in errors.items()) + f"; {seconds:.1f} s")
+            size = opened.default_grid(shape, voxel_size).voxel_size
+            operator_figure(shown, size, finished.figures, figure, opened.name)
+        _report(finished, as_json, say, {} if figure is None else {"figure": str(figure)})
 
 
 @app.command()
@@ -370,15 +384,14 @@ def _open(
     return open_scan(path, views=views, binning=binning, axis_offset=axis_offset, air_normalisation=air_normalisation)
 
 
-def _validated(**fields: Any) -> ReconstructionJob:
+def _validated(kind: type[SomeJob], **fields: Any) -> SomeJob:
     """The job, or a ScanError that names the option that will not do."""
     from pydantic import ValidationError
 
-    from napari_recon.jobs.job import ReconstructionJob
     from napari_recon.scans.errors import ScanError
 
     try:
-        return ReconstructionJob(**fields)
+        return kind(**fields)
     except ValidationError as error:
         first = error.errors()[0]
         name = next(part for part in reversed(first["loc"]) if isinstance(part, str))
@@ -391,28 +404,54 @@ def _validated(**fields: Any) -> ReconstructionJob:
         raise ScanError(f"{option} {first['input']} will not do: {problem}.") from None
 
 
-def _run(job: ReconstructionJob) -> Finished:
-    """Run a job with a progress bar; anything but its finish ends the command."""
+def _run(job: Job, volumes: dict[str, Any] | None = None) -> Finished:
+    """Run a job with a progress bar; anything but its finish ends the command. ``volumes`` gets the job's."""
     from napari_recon.jobs.messages import Failed, Finished, Notice, Progress, Stage
-    from napari_recon.jobs.run import run_job
+    from napari_recon.jobs.run import Control, run_job
     from napari_recon.scans.errors import ScanError
 
+    control = Control()
     with _bar() as bar:
-        for message in run_job(job):
+        for message in run_job(job, control):
             if isinstance(message, Stage):
                 bar(message.name, message.detail, None)
             elif isinstance(message, Progress):
-                residual = message.figures.get("residual")
-                bar(None, "" if residual is None else f"residual {residual:.3g}", message.step / max(1, message.total))
+                named = {"residual": "residual", "held_out": "relative error"}
+                found = [f"{named[name]} {value:.3g}" for name, value in message.figures.items() if name in named]
+                bar(None, "".join(found[:1]), message.step / max(1, message.total))
             elif isinstance(message, Notice):
                 _note(message.text)
             elif isinstance(message, Finished):
+                if volumes is not None:
+                    volumes |= control.volumes
                 return message
             elif isinstance(message, Failed):
                 if message.kind == "input":
                     raise ScanError(message.text)
                 raise _JobFailed(message.text, message.detail if message.kind == "bug" else "")
     raise _JobFailed("The job was cancelled; nothing was written.", "")
+
+
+def _report(
+    finished: Finished, as_json: bool, say: Callable[[dict[str, Any]], None], more: dict[str, Any] | None = None
+) -> None:
+    """What a job made and measured: on a line, or with ``more`` as one JSON object."""
+    if as_json:
+        say(
+            {
+                "output": finished.output,
+                **(more or {}),
+                "seconds": finished.seconds,
+                "peak_memory": finished.peak_memory,
+                "figures": finished.figures,
+                "job": finished.provenance["job"],
+            }
+        )
+        return
+    from napari_recon.jobs.memory import readable
+
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in finished.figures.items())
+    print(f"{finished.output}: {shown}; {finished.seconds:.1f} s, at most {readable(finished.peak_memory)}")
 
 
 class _JobFailed(Exception):

@@ -106,10 +106,10 @@ class PretendWorker:
         yield Stage("fdk")
         noise = np.random.default_rng(0).normal(0, 0.003, truth.shape)
         self.volumes["fdk"] = (truth + noise).astype(np.float32)
-        yield VolumeReady("fdk", truth.shape, 0.5, shift)
+        yield VolumeReady("fdk", truth.shape, (0.5,) * 3, shift)
         self.volumes["result"] = self.volumes["fdk"].copy()
         yield Stage("reconstructing", job.parameters.method)
-        yield VolumeReady("result", truth.shape, 0.5, shift)
+        yield VolumeReady("result", truth.shape, (0.5,) * 3, shift)
         boxes = [tuple(slice(i, i + p) for i in at) for at in itertools.product(range(0, n, p), repeat=3)]
         for step, box in enumerate(boxes, 1):
             if self.state == "cancelling":

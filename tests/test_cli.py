@@ -101,7 +101,7 @@ def test_a_fitted_operator_is_used_and_refused_for_another_scan(scan, tmp_path):
     file = tmp_path / "h.safetensors"
     told = call("fit-operator", scan, "-o", file, "--device", "cpu", "--json")
     assert file.exists()
-    assert 0 < told["errors"]["image"] < 0.5
+    assert 0 < told["figures"]["image"] < 0.5
     with_file = reconstruct(scan, tmp_path / "v.tif", "--iterations", 2, "--patch", 16, "--operator", file)
     assert with_file["figures"]["residual"] < 0.5
     other = reconstruct(scan, tmp_path / "w.tif", "--views", 10, "--operator", file, status=2)

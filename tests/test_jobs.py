@@ -93,7 +93,7 @@ def test_every_method_tells_its_story_in_order(scan, parameters):
     for message in messages:
         if isinstance(message, VolumeReady):
             assert message.shape == control.volumes[message.name].shape == grid.shape
-            assert message.voxel_size == pytest.approx(grid.voxel_size)
+            assert message.scale == pytest.approx((grid.voxel_size,) * 3)
             assert message.translate == pytest.approx(grid.translate)
     steps = [m for m in messages if isinstance(m, Progress) and m.name == "result"]
     assert [m.step for m in steps] == list(range(1, len(steps) + 1))

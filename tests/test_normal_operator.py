@@ -199,7 +199,8 @@ def ball(shape=(N, N, N), radius=0.6):
 
 
 def test_fit_improves_on_the_computed_start(physics):
-    updates = [u for u in stream_normal_operator_fit(physics, probes=6, iterations=2) if u.stage == "fitting"]
+    stream = stream_normal_operator_fit(physics, probes=6, iterations=2, distribution="white")
+    updates = [u for u in stream if u.stage == "fitting"]
     first, last = updates[0].figures, updates[-1].figures
     assert last["held_out"] < first["held_out"]
     assert last["image"] < first["image"]
@@ -210,7 +211,8 @@ def test_fit_improves_on_the_computed_start(physics):
 
 def test_fit_is_good_and_says_how_good(physics, fitted):
     assert fitted.relative_error(physics, ball()) < 0.1
-    assert set(fitted.errors) == {"white", "image"}
+    assert set(fitted.errors) == {"white", "image", "residual"}
+    assert fitted.settings["terms"] == 1
     generator = torch.Generator().manual_seed(5)
     white = torch.randn(1, 1, N, N, N, generator=generator)
     assert abs(fitted.relative_error(physics, white) - fitted.errors["white"]) < 0.15
@@ -231,6 +233,14 @@ def test_distributions_fit_what_they_are_of(physics, distribution):
         if u.stage == "fitting"
     ]
     assert updates[-1].figures["loss"] < updates[0].figures["loss"]
+
+
+def test_mask_of_lower_resolution_is_piecewise_linear_and_fits_nearly_as_well(physics, fitted):
+    coarse = fit_normal_operator(physics, probes=6, iterations=2, mask_step=5)
+    middles = coarse.spatial_mask[2::5, 2::5, 2::5]
+    again = torch.nn.functional.interpolate(middles[None, None], (N, N, N), mode="trilinear")[0, 0]
+    assert (coarse.spatial_mask - again).norm() < 1e-4 * again.norm()
+    assert coarse.errors["white"] < 1.2 * fitted.errors["white"]
 
 
 def test_paper_form_fits_too(physics):

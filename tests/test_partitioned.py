@@ -1,16 +1,18 @@
 """Reconstruction by patches: the partition, the patch problem, and the whole."""
 
+from itertools import pairwise
+
 import deepinv as dinv
 import numpy as np
 import pytest
 import torch
 from deepinv.models import Reconstructor
 
-from napari_recon.physics.normal import DiagCirculantWrapper, fit_normal_operator
+from napari_recon.physics.normal import DiagCirculantWrapper, NormalOperator, fit_normal_operator
 from napari_recon.physics.xray import XRayTransform
 from napari_recon.reconstruction.fdk import FDK
 from napari_recon.reconstruction.partitioned import Partition, PartitionedReconstructor
-from napari_recon.reconstruction.tv import TVPrior, tv_pgd
+from napari_recon.reconstruction.tv import TVPrior, tv_patch_solver
 from napari_recon.scans.errors import ScanError
 from napari_recon.scans.geometry import Geometry
 from napari_recon.scans.grid import Grid
@@ -43,7 +45,7 @@ def normal(scan):
 
 @pytest.fixture
 def base(scan, x_fdk):
-    return tv_pgd(scan[0], x_fdk, iterations=8, regularization=2e-3)
+    return tv_patch_solver(scan[0], x_fdk, iterations=8, regularization=2e-3)
 
 
 class Counted(dinv.physics.LinearPhysics):
@@ -158,16 +160,37 @@ def test_a_patch_as_large_as_the_volume_is_the_global_algorithm(scan, x_fdk, nor
     physics, y, _ = scan
     recon = PartitionedReconstructor(base, (N, N, N), patch_size=2 * N, global_steps=0)
     if form == "exact":
-        expected = base(y, physics, init=x_fdk)
+        expected = base(y, physics, init=(x_fdk, x_fdk))
         found = recon(y, physics)
     else:
         wrapper = DiagCirculantWrapper(physics, operator=normal)
         base.prior[0].reset()
         # With H in the step only: its gradient at x0 is the exact one.
         b = normal.apply(x_fdk) - physics.A_adjoint(physics.A(x_fdk) - y)
-        expected = base(b, wrapper, init=x_fdk)
+        expected = base(b, wrapper, init=(x_fdk, x_fdk))
         found = recon(y, wrapper)
     assert (found - expected).norm() < 1e-3 * (expected - x_fdk).norm()
+
+
+def test_patches_that_overshoot_together_are_held_back(monkeypatch):
+    """Many small patches of one slice, all with the same reason to move; one patch alone is left as it is."""
+    from napari_recon.reconstruction import partitioned
+
+    geometry = Geometry.cone(np.arange(10) * 36.0, (1, 84), 2.5, 185.0, 557.0)
+    physics = XRayTransform(geometry, Grid((1, 56, 56), 1.0), device="cpu")
+    disc = torch.zeros(1, 1, 1, 56, 56)
+    disc[..., 14:42, 14:42] = 0.05
+    y = physics.A(disc)
+    base = tv_patch_solver(physics, disc, iterations=20, regularization=1e-4)
+
+    def last_residual(patch):
+        recon = PartitionedReconstructor(base, patch_size=patch, init="zeros", passes=2, global_steps=1)
+        return [u.figures for u in recon.stream(y, physics)][-1]["residual"]
+
+    held, alone = last_residual(8), last_residual(56)
+    monkeypatch.setattr(partitioned, "_hold_back", lambda *_: False)
+    assert held < 0.8 * last_residual(8)
+    assert alone == pytest.approx(last_residual(56), rel=1e-3)
 
 
 @pytest.mark.parametrize("form", ["exact", "H", "scaled H"])
@@ -297,6 +320,169 @@ def test_focus_steers_a_running_job(scan, x_fdk):
     assert next(stream).next_box == (slice(6, 18),) * 3
 
 
+def test_admm_by_any_name_starts_without_a_dual(scan, x_fdk, normal):
+    """deepinv makes it by its class or by its builder; its second iterate is no volume."""
+    physics, y, _ = scan
+    options = {"data_fidelity": dinv.optim.L2(), "prior": TVPrior(), "max_iter": 3}
+    step = 20 / physics.sqnorm
+    built = dinv.optim.optim_builder("ADMM", params_algo={"stepsize": step, "lambda": 2e-2}, **options)
+    named = dinv.optim.ADMM(stepsize=step, lambda_reg=2e-2, **options)
+    first, second = (
+        PartitionedReconstructor(base, patch_size=16, init=x_fdk)(y, physics, operator=normal)
+        for base in (built, named)
+    )
+    assert torch.equal(first, second)
+
+
+# -- batches of patches --------------------------------------------------------------------------------------------
+
+
+def solver(name, physics, **options):
+    step = (1 if name in ("PGD", "FISTA") else 20) / physics.sqnorm
+    return getattr(dinv.optim, name)(
+        data_fidelity=dinv.optim.L2(), prior=TVPrior(), lambda_reg=2e-2, stepsize=step, max_iter=5, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("PGD", "exact"), ("FISTA", "exact"), ("PGD", "H"), ("FISTA", "H"), ("HQS", "H"), ("ADMM", "paper")],
+)
+def test_batches_of_patches_give_the_same(scan, x_fdk, normal, name, form):
+    physics, y, _ = scan
+    y, start = torch.cat([y, 0.3 * y]), torch.cat([x_fdk, 0.3 * x_fdk])  # two volumes, of different brightness
+    recon = PartitionedReconstructor(solver(name, physics), patch_size=(24, 12, 12), init=start, passes=2)
+    if form != "exact":
+        h = NormalOperator(normal.spatial_mask, normal.fourier_filter, form == "H")
+        physics = DiagCirculantWrapper(physics, operator=h, max_iter=20, tol=1e-2)
+    expected = recon(y, physics)
+    for recon.batch in (4, None):
+        found = recon(y, physics)
+        for one, other in zip(found, expected, strict=True):
+            assert (one - other).norm() < 1e-4 * other.norm()
+
+
+def test_a_batch_is_the_nearest_patches_and_updates_stay_single(scan, x_fdk, normal):
+    physics, y, _ = scan
+    sizes = []
+
+    class Look(Context):
+        def forward(self, b, patch, **kwargs):
+            assert b.shape == patch.context.shape
+            sizes.append(len(b))
+            return super().forward(b, patch)
+
+    def boxes(batch):
+        recon = PartitionedReconstructor(Look(), patch_size=12, init=x_fdk, batch=batch)
+        updates = list(recon.stream(y, physics, focus=(3, 2, 1), operator=normal))
+        assert [u.step for u in updates] == list(range(28))
+        assert all(u.box == before.next_box for before, u in pairwise(updates))
+        assert updates[-1].next_box is None
+        return [u.box for u in updates[1:]]
+
+    assert boxes(1) == boxes(5) == boxes(None)
+    assert sizes == [1] * 27 + [5] * 5 + [2] + [27]
+
+
+def test_focus_is_heard_between_batches(scan, x_fdk):
+    physics, y, _ = scan
+    where = [(0, 0, 0)]
+    stream = PartitionedReconstructor(Context(), patch_size=12, init=x_fdk, batch=2).stream(
+        y, physics, focus=lambda: where[0]
+    )
+    assert next(stream).next_box == (slice(0, 12),) * 3
+    where[0] = (23, 23, 23)
+    assert sum(s.start for s in next(stream).next_box) == 6  # of the batch that was begun
+    assert next(stream).next_box == (slice(12, 24),) * 3
+
+
+def test_a_stream_ended_amid_a_batch_has_shown_what_was_told(scan, x_fdk):
+    physics, y, _ = scan
+    stream = PartitionedReconstructor(Context(add=1.0), patch_size=12, init=x_fdk, batch=None, global_steps=0).stream(
+        y, physics
+    )
+    shown = next(stream).values
+    box = next(stream).box
+    stream.close()
+    changed = (shown != x_fdk)[0, 0]
+    assert bool(changed[box].all())
+    changed[box] = False
+    assert not bool(changed.any())
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float64],
+)
+def test_total_variation_treats_every_volume_of_a_batch_by_itself(dtype):
+    """What a batch of patches relies on; float32 is computed by the CPU's kernels, float64 as on a GPU."""
+    easy = torch.zeros(1, 1, 8, 9, 10, dtype=dtype)
+    easy[..., 4:] = 1
+    hard = torch.randn(1, 1, 8, 9, 10, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+    def prox(x, *weights):
+        return TVPrior(60, tolerance=1e-2).prox(x, gamma=torch.tensor(weights, dtype=dtype))
+
+    each = torch.cat([prox(easy, 0.1), prox(hard, 0.3)])
+    assert torch.allclose(prox(torch.cat([easy, hard]), 0.1, 0.3), each, atol=1e-6)
+
+
+def test_weight_of_total_variation_can_be_learnt():
+    x = torch.randn(1, 1, 6, 7, 8, generator=torch.Generator().manual_seed(0))
+    weight = torch.tensor(0.2, requires_grad=True)
+    TVPrior(50).prox(x, gamma=weight).square().sum().backward()
+    assert weight.grad < 0
+
+
+# -- nothing is computed twice -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cropped(monkeypatch):
+    """The shapes of patches for which the filter was cropped, in order."""
+    shapes = []
+    crop = NormalOperator._crop_filter
+
+    def counted(self, spectrum, shape):
+        shapes.append(shape)
+        return crop(self, spectrum, shape)
+
+    monkeypatch.setattr(NormalOperator, "_crop_filter", counted)
+    return shapes
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("given", ["operator", "tensors"])
+def test_filters_of_patches_are_made_once(scan, x_fdk, normal, base, cropped, given, batch):
+    physics, y, _ = scan
+    fresh = NormalOperator(normal.spatial_mask, normal.fourier_filter)
+    options = {"operator": fresh}
+    if given == "tensors":
+        options = {"fourier_filter": normal.fourier_filter, "spatial_mask": normal.spatial_mask}
+    recon = PartitionedReconstructor(base, patch_size=12, init=x_fdk, passes=3, batch=batch)
+    recon(y, DiagCirculantWrapper(physics), **options)
+    assert cropped == [(12, 12, 12)]
+    if given == "operator":
+        recon(y, DiagCirculantWrapper(physics), **options)
+        recon(y, physics, **options)
+        assert cropped == [(12, 12, 12)]  # nor for the next stream
+
+
+def test_patches_take_no_copy_of_the_mask(normal):
+    box = (slice(3, 15), slice(0, 12), slice(12, 24))
+    patch = normal.patch(box)
+    assert patch.spatial_mask.untyped_storage().data_ptr() == normal.spatial_mask.untyped_storage().data_ptr()
+
+
+def test_filters_of_patches_move_with_the_operator(normal, cropped):
+    fresh = NormalOperator(normal.spatial_mask, normal.fourier_filter)
+    box = (slice(0, 12),) * 3
+    fresh.patch(box)
+    moved = fresh.to("meta")
+    assert moved.patch(box).fourier_filter.device.type == "meta"
+    assert len(cropped) == 1
+
+
 # -- other bases, other physics ------------------------------------------------------------------------------------
 
 
@@ -356,6 +542,8 @@ def test_bad_input_is_one_sentence(scan, x_fdk, normal, base):
         recon(y, physics, init="fbp")
     with pytest.raises(ScanError, match="at least one pass"):
         PartitionedReconstructor(base, passes=0)
+    with pytest.raises(ScanError, match="at least one patch"):
+        PartitionedReconstructor(base, batch=0)
     with pytest.raises(ScanError, match="focus"):
         recon(y, physics, focus=(1, 2))
 

@@ -185,7 +185,7 @@ def test_the_patch_outline_follows_the_work_and_goes(opened, qtbot):
     viewer.show()  # nothing new is drawn before the last has been
     run(qtbot, opened, until="progress")
     press(qtbot, dock.pause)  # drawing in software is slower than a process that only pretends
-    outline = dock.session._outline
+    outline = dock.session.display.outline
     qtbot.waitUntil(lambda: outline.box is not None, timeout=20_000)
     assert outline.visible
     corners = outline._corners()
@@ -194,7 +194,7 @@ def test_the_patch_outline_follows_the_work_and_goes(opened, qtbot):
     np.testing.assert_allclose(corners.min(0), low)
     press(qtbot, dock.pause)
     qtbot.waitUntil(lambda: dock.session.state == "idle", timeout=20_000)
-    assert dock.session._outline is None
+    assert dock.session.display.outline is None
     assert len(viewer.layers) == 2
 
 

@@ -14,7 +14,7 @@ def a_volume(n=32):
 
 
 def add(viewer, array, name="volume"):
-    layer = shown.volume_layer(name, array, 0.5, (-1.0, 2.0, 3.0), {})
+    layer = shown.volume_layer(name, array, (0.5,) * 3, (-1.0, 2.0, 3.0), {})
     layer.contrast_limits = (0.0, 0.03)
     return viewer.add_layer(layer)
 

@@ -46,9 +46,12 @@ def alive(pid):
 
 
 @pytest.fixture(scope="module")
-def shared_worker():
-    """One process for several tests: starting one takes seconds."""
-    worker = Worker()
+def shared_worker(tmp_path_factory):
+    """One process for several tests: starting one takes seconds. It keeps operators where no other run finds them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        worker = Worker()
+        worker.start()
     yield worker
     worker.close()
 
@@ -165,6 +168,38 @@ def test_pause_and_cancel_answer_within_a_patch(dock, said, qtbot):
     assert dock.session.state == "idle"
 
 
+def test_an_operator_is_fitted_judged_and_tried_on_a_patch(dock, said, qtbot):
+    viewer, session = dock.session.viewer, dock.session
+    _, normal = viewer.window.add_plugin_dock_widget("napari-recon", "Normal operator")
+    for name, value in (("probes", 1), ("iterations", 1)):
+        normal.basic.editors[name].put(value)
+    normal.more.editors["positions"].put(1)
+    press(qtbot, normal.run)
+    qtbot.waitUntil(lambda: bool(dock.ended), timeout=LONG)
+    assert isinstance(dock.ended[0], Finished), dock.ended
+    operator = session.operator
+    assert operator.shows_figure
+    assert Path(operator.file).is_file()
+    assert 0 < operator.figures["relative_error"] < 1
+    error = operator.volumes["exact"] - operator.volumes["approximate"]
+    np.testing.assert_allclose(operator.volumes["error"], error**2, rtol=1e-3, atol=1e-4 * (error**2).max())
+    assert len(operator.curve["held_out"]) >= 1
+    press(qtbot, normal.compare)
+    qtbot.waitUntil(lambda: len(dock.ended) == 2, timeout=LONG)
+    assert isinstance(dock.ended[1], Finished), dock.ended
+    exact, approximate = (session.patch.volumes[name] for name in ("patch exact", "patch approximate"))
+    np.testing.assert_array_equal(exact[0], approximate[0])
+    assert not np.array_equal(exact[1], exact[0])
+    assert session.patch.steps[1]["difference"] == 0  # both begin with the same gradient
+    assert 0 < session.patch.steps[2]["difference"] < 1
+    press(qtbot, normal.use)
+    assert dock.job().parameters.operator == operator.file
+    press(qtbot, dock.run)
+    qtbot.waitUntil(lambda: len(dock.ended) == 3, timeout=LONG)
+    assert isinstance(dock.ended[2], Finished), dock.ended
+    assert not [text for severity, text in said if severity == "error"]
+
+
 def test_closing_the_viewer_ends_the_process(make_napari_viewer, qtbot):
     viewer = make_napari_viewer()
     viewer.window.add_plugin_dock_widget("napari-recon", "Reconstruct")
@@ -224,7 +259,7 @@ def test_the_manifest_names_what_is_there():
     for command in manifest.contributions.commands:
         module, name = command.python_name.split(":")
         assert callable(getattr(importlib.import_module(module), name)), command.id
-    assert {w.display_name for w in manifest.contributions.widgets} == {"Scan", "Reconstruct"}
+    assert {w.display_name for w in manifest.contributions.widgets} == {"Scan", "Reconstruct", "Normal operator"}
     assert {s.key: s.display_name for s in manifest.contributions.sample_data} == SAMPLES
     assert set(SAMPLES) <= set(sample_data.names())
 
@@ -245,7 +280,7 @@ from napari_recon.jobs.job import ReconstructionJob
 from napari_recon.jobs.memory import plan_memory
 from napari_recon.jobs.worker import Worker
 from napari_recon.scans import open_scan
-from napari_recon.widgets import contributions, demo, layers, reconstruct_dock, scan_dock, session
+from napari_recon.widgets import contributions, demo, layers, normal_dock, reconstruct_dock, scan_dock, session
 scan = open_scan({str(folder)!r})
 scan.summary(), scan.checks(), layers.projections(scan)
 plan_memory(ReconstructionJob(scan=scan.path, device="cpu"), scan)

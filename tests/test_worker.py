@@ -5,12 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from napari_recon.jobs import ReconstructionJob
+from napari_recon.jobs import OperatorJob, PatchJob, ReconstructionJob
 from napari_recon.jobs.job import FDKParameters, SIRTParameters, TVParameters
 from napari_recon.jobs.messages import Cancelled, Failed, Finished, Progress, VolumeReady
 from napari_recon.jobs.worker import Worker
@@ -208,15 +209,50 @@ def test_a_process_killed_while_it_waits_is_replaced_in_silence(worker, scan):
     assert isinstance(last(worker), Finished)
 
 
+def test_the_operator_and_its_steps_on_a_patch_cross_too(worker, scan, tmp_path):
+    from napari_recon.physics import XRayTransform, fit_normal_operator
+    from napari_recon.scans import open_scan
+
+    shape, file = (12, 14, 16), tmp_path / "h.safetensors"
+    physics = XRayTransform.from_scan(open_scan(scan), shape, device="cpu")
+    fit_normal_operator(physics, probes=1, iterations=0, positions=1).save(file, physics)
+    worker.submit(OperatorJob(scan=scan, shape=shape, operator=str(file), device="cpu"))
+    heard = messages_until(worker, Finished, Failed)
+    assert isinstance(heard[-1], Finished), heard[-1]
+    ready = [m for m in heard if isinstance(m, VolumeReady)]
+    assert [m.name for m in ready] == ["x", "mask", "filter", "exact", "approximate", "error", "regions"]
+    assert all(worker.volume(m.name).shape == m.shape for m in ready)
+    np.testing.assert_allclose(
+        worker.volume("error"), (worker.volume("exact") - worker.volume("approximate")) ** 2, rtol=1e-5
+    )
+    worker.submit(
+        PatchJob(scan=scan, shape=shape, operator=str(file), center=(5, 6, 7), patch=8, steps=3, device="cpu")
+    )
+    heard = messages_until(worker, Finished, Failed)
+    assert isinstance(heard[-1], Finished), heard[-1]
+    exact = worker.volume("patch exact")
+    assert exact.shape == (4, 8, 8, 8)
+    assert all((a != b).any() for a, b in pairwise(exact))
+    assert not leftovers(worker.pid)
+
+
 @posix
-def test_killed_while_writing_leaves_no_half_file(worker, tmp_path):
+@pytest.mark.parametrize("kind", ["volume", "operator"])
+def test_killed_while_writing_leaves_no_half_file(worker, tmp_path, kind):
     from napari_recon.jobs.volumes import partial_path
 
+    worker.start()
     wait_for(lambda: worker.pid)
-    output = tmp_path / "x.ome.zarr"
-    worker.submit(make_job(tmp_path / "nothing", FDKParameters(), output=output))
+    if kind == "volume":
+        job = make_job(tmp_path / "nothing", FDKParameters(), output=tmp_path / "x.ome.zarr")
+    else:
+        job = OperatorJob(scan=tmp_path / "nothing", output=tmp_path / "h.safetensors")
+    worker.submit(job)
     last(worker)
-    partial_path(output, worker.pid).mkdir()
+    if kind == "volume":
+        partial_path(job.output, worker.pid).mkdir()
+    else:
+        (tmp_path / "h.safetensors.partial").write_text("half")
     os.kill(worker.pid, signal.SIGKILL)
     wait_for(lambda: not list(tmp_path.iterdir()), 10)
 

@@ -1,4 +1,4 @@
-"""A reconstruction as a value: what the docks, the command line and a notebook hand over, and what a layer keeps.
+"""Work as a value: what the docks, the command line and a notebook hand over, and what a layer keeps.
 
 No torch here: the docks build their forms from these models, and napari starts without paying for torch.
 """
@@ -9,7 +9,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt
 
 from napari_recon.scans.scan import ScanOptions
 
@@ -48,7 +48,7 @@ class SIRTParameters(_Frozen):
 
 
 class TVParameters(_Frozen):
-    """Least squares with total variation, by proximal gradient: over the whole volume, or patch by patch."""
+    """Least squares with total variation, by accelerated proximal gradient: the whole volume, or by patches."""
 
     method: Literal["tv"] = "tv"
     iterations: int = Field(
@@ -79,19 +79,19 @@ class TVParameters(_Frozen):
         "operator file.",
     )
     passes: int = Field(
-        default=2,
+        default=3,
         ge=1,
         le=10,
         title="Passes",
-        description="Sweeps over the patches, each from the last one's result: two come within 0.3 dB of no patches.",
+        description="Sweeps over the patches, each from the last one's result: closer to what no patches would give.",
     )
 
 
 Parameters = Annotated[FDKParameters | SIRTParameters | TVParameters, Field(discriminator="method")]
 
 
-class ReconstructionJob(_Frozen):
-    """Everything that a reconstruction depends on.
+class _ScanJob(_Frozen):
+    """What every job begins with: a scan, how it is read, and the grid of the volume.
 
     Attributes
     ----------
@@ -101,6 +101,21 @@ class ReconstructionJob(_Frozen):
         How it is read: views, binning, corrections.
     shape, voxel_size
         Grid of the volume, (D, H, W) and mm; None takes what the scan suggests.
+    """
+
+    scan: Path
+    options: ScanOptions = ScanOptions()
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
+    voxel_size: float | None = Field(default=None, gt=0)
+
+
+class ReconstructionJob(_ScanJob):
+    """Everything that a reconstruction depends on.
+
+    Attributes
+    ----------
+    scan, options, shape, voxel_size
+        Path of the scan; how it is read; grid of the volume, (D, H, W) and mm, None for what the scan suggests.
     parameters
         The method and its parameters.
     device
@@ -111,11 +126,116 @@ class ReconstructionJob(_Frozen):
         Of whatever is random (the probes of the operator's fit).
     """
 
-    scan: Path
-    options: ScanOptions = ScanOptions()
-    shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
-    voxel_size: float | None = Field(default=None, gt=0)
     parameters: Parameters = TVParameters()
     device: str = "auto"
     output: Path | None = None
     seed: int = 0
+
+
+class FitParameters(_Frozen):
+    """How the normal operator is fitted: alternating least squares on random volumes."""
+
+    terms: Literal[1, 3] = Field(
+        default=1,
+        title="Kernels",
+        description="1 as in the paper; 3 let the kernel change with height and radius, at three times the cost of H.",
+    )
+    symmetric: bool = Field(
+        default=True, title="Symmetric", description="The mask on both sides, m C m; off: the paper's form for CT, m C."
+    )
+    real_filter: bool = Field(
+        default=True,
+        title="Real λ",
+        description="Only matters for the form that is not symmetric: a kernel that is its own mirror image.",
+    )
+    distribution: Literal["mixed", "white", "image", "residual"] = Field(
+        default="mixed",
+        title="Random volumes",
+        description="What H is fitted on: 'white' noise, as in the paper; 'image', whose spectrum falls as 1/f; both "
+        "'mixed'; 'residual', rough and on patches, as what is left to explain while reconstructing.",
+    )
+    probes: int = Field(
+        default=8,
+        ge=1,
+        le=256,
+        title="Probes",
+        description="Random volumes: each costs one A, one Aᵀ and the memory of three volumes.",
+    )
+    iterations: int = Field(
+        default=4, ge=0, le=100, title="Iterations", description="Rounds of λ and m; 0 keeps the computed start."
+    )
+    positions: int = Field(
+        default=5, ge=1, le=64, title="Positions", description="Point-spread functions that λ starts from."
+    )
+    support: int | None = Field(
+        default=None, ge=1, title="Support", description="Largest offset of the kernel in voxels; none keeps all."
+    )
+    mask_step: int = Field(
+        default=1,
+        ge=1,
+        le=16,
+        title="Mask step",
+        description="m is piecewise linear on a grid of so many voxels: smoother, and with less of the probes' noise.",
+    )
+
+
+class OperatorJob(_ScanJob):
+    """Fit the normal operator H, or load one, and see it beside AᵀA on a volume.
+
+    Attributes
+    ----------
+    scan, options, shape, voxel_size
+        As for a reconstruction.
+    operator
+        "fit", or the path of an operator file.
+    parameters
+        How it is fitted; a file has been.
+    volume
+        x to see it on: a .tif, .ome.zarr or .npy, brought onto the job's grid; None takes the scan's FDK.
+    device
+        "auto", "cpu" or "cuda".
+    output
+        Operator file (.safetensors) to write; None keeps a fit in the user's cache.
+    seed
+        Of the random volumes.
+    """
+
+    operator: str = "fit"
+    parameters: FitParameters = FitParameters()
+    volume: Path | None = None
+    device: str = "auto"
+    output: Path | None = None
+    seed: int = 0
+
+
+class PatchJob(_ScanJob):
+    """Gradient steps on one patch, exactly and with H: what the approximation changes, and what it saves.
+
+    Attributes
+    ----------
+    scan, options, shape, voxel_size
+        As for a reconstruction.
+    operator
+        Path of an operator file.
+    center
+        The patch's centre, (z, y, x) in voxels of the volume; the patch is moved into the volume.
+    patch
+        Its edge in voxels; less where the volume is thinner.
+    steps
+        Gradient steps.
+    device
+        "auto", "cpu" or "cuda".
+    seed
+        As in the other jobs; nothing is drawn so far.
+    """
+
+    operator: str
+    center: tuple[FiniteFloat, FiniteFloat, FiniteFloat]
+    patch: int = Field(default=32, ge=8, title="Patch", description="Edge of the patch in voxels.")
+    steps: int = Field(default=10, ge=1, le=200, title="Steps", description="Gradient steps, of both kinds.")
+    device: str = "auto"
+    seed: int = 0
+
+
+Job = ReconstructionJob | OperatorJob | PatchJob
+"""Whatever :func:`~napari_recon.jobs.run_job` runs."""

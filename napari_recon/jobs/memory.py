@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from napari_recon.jobs.job import ReconstructionJob, TVParameters
+from napari_recon.jobs.job import Job, OperatorJob, PatchJob, ReconstructionJob, TVParameters
 
 if TYPE_CHECKING:
     from napari_recon.scans import Geometry, Grid, Scan
@@ -52,7 +52,7 @@ class MemoryPlan:
     sentence: str = ""
 
 
-def plan_memory(job: ReconstructionJob, scan: Scan | None = None) -> MemoryPlan:
+def plan_memory(job: Job, scan: Scan | None = None) -> MemoryPlan:
     """Plan a job's memory from shapes; nothing is read and nothing allocated.
 
     Parameters
@@ -91,7 +91,7 @@ def plan_memory(job: ReconstructionJob, scan: Scan | None = None) -> MemoryPlan:
     return MemoryPlan(host, device, free, fits_host and (fits_device or not on_gpu), items, sentence)
 
 
-def _items(job: ReconstructionJob, geometry: Geometry, grid: Grid, on_gpu: bool) -> dict[str, int]:
+def _items(job: Job, geometry: Geometry, grid: Grid, on_gpu: bool) -> dict[str, int]:
     """Bytes by purpose: what stays while the job runs, and the one step that takes most beyond that.
 
     How many volumes and sets of projections a step takes was counted by running it (see the tests).
@@ -99,12 +99,33 @@ def _items(job: ReconstructionJob, geometry: Geometry, grid: Grid, on_gpu: bool)
     rows, columns = geometry.detector_shape
     projections = geometry.views * rows * columns * _FLOAT
     volume = grid.voxels * _FLOAT
-    parameters = job.parameters
-    stay = {"projections": projections, "start": volume}
-    steps = {
-        "filtering and back projection": volume + 4 * min(projections, _BATCH),
-        "measuring": round(2.5 * volume) + projections // 4,
+    if isinstance(job, ReconstructionJob):
+        shown, kept, steps = _reconstruction_needs(job, grid, volume, projections)
+    else:
+        shown, kept, steps = _operator_needs(job, grid, volume, projections)
+    stay = {"projections": projections, "start": volume, **kept}
+    steps["filtering and back projection"] = volume + 4 * min(projections, _BATCH)
+    fullest = max(steps, key=lambda name: steps[name])
+    at_work = {**stay, fullest: steps[fullest]}
+    reading = 3 * min(projections, _BATCH)
+    if not on_gpu:
+        return {"shown volumes": shown, "reading": reading, **at_work}
+    return {
+        "libraries": _CUDA_LIBRARIES,
+        "shown volumes": shown,
+        "reading": reading + projections + volume,
+        **{f"GPU: {name}": n for name, n in at_work.items()},
     }
+
+
+Needs = tuple[int, dict[str, int], dict[str, int]]
+"""Bytes of the volumes that are shown, of what stays, and of the steps."""
+
+
+def _reconstruction_needs(job: ReconstructionJob, grid: Grid, volume: int, projections: int) -> Needs:
+    parameters = job.parameters
+    stay: dict[str, int] = {}
+    steps = {"measuring": round(2.5 * volume) + projections // 4}
     if parameters.method == "sirt":
         steps["iteration"] = 8 * volume + 4 * projections
     elif parameters.method == "tv" and parameters.patch is None:
@@ -113,28 +134,45 @@ def _items(job: ReconstructionJob, geometry: Geometry, grid: Grid, on_gpu: bool)
         patch = math.prod(min(parameters.patch, n) for n in grid.shape) * _FLOAT
         steps["patches"] = 13 * volume + 2 * projections + 30 * patch
         if parameters.operator != "exact":
-            padded = math.prod(2 * n for n in grid.shape) * _FLOAT
-            stay["normal operator"] = padded // 2 + volume
+            stay["normal operator"] = _padded(grid) // 2 + volume
             steps["patches"] += 8 * 8 * patch  # spectra of twice the patch
             if parameters.operator == "fit":
-                steps["fitting the normal operator"] = 28 * padded + 2 * projections
-    fullest = max(steps, key=lambda name: steps[name])
-    at_work = {**stay, fullest: steps[fullest]}
-    shown = {"shown volumes": volume * (1 if parameters.method == "fdk" else 2)}
-    reading = {"reading": 3 * min(projections, _BATCH)}
-    if not on_gpu:
-        return {**shown, **reading, **at_work}
-    return {
-        "libraries": _CUDA_LIBRARIES,
-        **shown,
-        "reading": reading["reading"] + projections + volume,
-        **{f"GPU: {name}": n for name, n in at_work.items()},
-    }
+                steps[_FITTING] = _fit_bytes(grid, terms=1, probes=4) + 2 * projections
+    return volume * (1 if parameters.method == "fdk" else 2), stay, steps
 
 
-def _remedy(
-    job: ReconstructionJob, geometry: Geometry, grid: Grid, items: dict[str, int], needed: int, free: int
-) -> str:
+def _operator_needs(job: OperatorJob | PatchJob, grid: Grid, volume: int, projections: int) -> Needs:
+    steps: dict[str, int] = {}
+    operator = _padded(grid) // 2 + volume
+    if job.operator != "fit":
+        with contextlib.suppress(OSError):
+            operator = Path(job.operator).stat().st_size
+    elif isinstance(job, OperatorJob):
+        operator = job.parameters.terms * _padded(grid) // 2 + volume
+        steps[_FITTING] = _fit_bytes(grid, job.parameters.terms, job.parameters.probes) + 2 * projections
+    if isinstance(job, OperatorJob):
+        steps["applying H"] = 12 * volume + round(4.5 * operator)
+        # x, m, a λ a kernel, AᵀA x, H x and their squared difference.
+        return (5 + job.parameters.terms) * volume, {"normal operator": operator}, steps
+    patch = math.prod(min(job.patch, n) for n in grid.shape) * _FLOAT
+    steps["gradient"] = 5 * volume + 2 * projections
+    steps["patch"] = 100 * patch + operator * job.patch // max(grid.shape)  # its filter is cropped axis by axis
+    return 3 * (job.steps + 1) * patch, {"normal operator": operator, "gradient": volume}, steps
+
+
+_FITTING = "fitting the normal operator"
+
+
+def _padded(grid: Grid) -> int:
+    return math.prod(2 * n for n in grid.shape) * _FLOAT
+
+
+def _fit_bytes(grid: Grid, terms: int, probes: int) -> int:
+    """What a fit takes: spectra and kernels of the padded volume by kernel, and volumes by probe."""
+    return round((8.1 + 13.8 * terms + 0.82 * probes) * _padded(grid))
+
+
+def _remedy(job: Job, geometry: Geometry, grid: Grid, items: dict[str, int], needed: int, free: int) -> str:
     """What to change so that it fits, as the end of a sentence."""
     rows, columns = geometry.detector_shape
     projections = geometry.views * rows * columns * _FLOAT
@@ -147,11 +185,16 @@ def _remedy(
         advice.append("choose a larger voxel size (or a smaller shape)")
     if projections > 0.1 * needed or fixed >= _FULL * free:
         advice.append("more binning or fewer views")
-    parameters = job.parameters
-    if isinstance(parameters, TVParameters):
+    fitting = _FITTING in max(items, key=lambda name: items[name])
+    if isinstance(job, OperatorJob):
+        if fitting and job.parameters.terms > 1:
+            advice.append("one kernel")
+        if fitting and job.parameters.probes > 8:
+            advice.append("fewer probes")
+    elif isinstance(job, ReconstructionJob) and isinstance(parameters := job.parameters, TVParameters):
         if parameters.patch is None:
             advice.append("a patch of 64")
-        elif "fitting" in max(items, key=lambda name: items[name]):
+        elif fitting:
             advice.append("the exact data step")
         elif 94 * math.prod(min(parameters.patch, n) for n in grid.shape) * _FLOAT > 0.1 * needed:
             advice.append("a smaller patch")

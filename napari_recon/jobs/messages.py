@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Region = tuple[slice, slice, slice]
+Region = tuple[slice, ...]
+"""A box of a volume: a slice an axis, with plain start and stop."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """The job entered a stage: "reading", "fdk", "fitting the normal operator", "reconstructing", "writing"."""
+    """The job entered a stage: "reading", "fdk", "fitting the normal operator", "reconstructing", "writing", ..."""
 
     name: str
     detail: str = ""
@@ -18,17 +19,20 @@ class Stage:
 
 @dataclass(frozen=True)
 class VolumeReady:
-    """A volume exists from now on: "fdk" or "result".
+    """A volume exists from now on: "fdk" and "result" of a reconstruction, "mask", "filter", ... of other jobs.
 
+    ``scale``, ``translate``, ``units`` and ``axis_labels`` are a napari layer's, a number an axis of ``shape``.
     ``handle`` is the shared memory's name when it comes from another process; the consumer of a job in its own
     process finds the array in ``Control.volumes``.
     """
 
     name: str
-    shape: tuple[int, int, int]
-    voxel_size: float
-    translate: tuple[float, float, float]
+    shape: tuple[int, ...]
+    scale: tuple[float, ...]
+    translate: tuple[float, ...]
+    units: str = "mm"
     handle: str = ""
+    axis_labels: tuple[str, ...] = ("z", "y", "x")
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ def write_volume(
 
 
 def read_volume(path: str | Path) -> Volume:
-    """Read a volume of ours, or any 3D TIFF, OME-Zarr, or folder of TIFF slices.
+    """Read a volume of ours, or any 3D TIFF, OME-Zarr, folder of TIFF slices, or NumPy's .npy (no voxel size).
 
     Raises
     ------
@@ -160,10 +160,11 @@ def read_volume(path: str | Path) -> Volume:
     if not path.exists():
         raise ScanError(f"There is no volume {path}: check the path.")
     slices = not _is_zarr(path) and path.is_dir() and bool(_slices(path))
-    if not slices and (not path.name.lower().endswith(ENDINGS) or path.is_dir() != _is_zarr(path)):
-        raise ScanError(f"{path} is no volume: give a .tif, an .ome.zarr or a folder of TIFF slices.")
+    if not slices and (not path.name.lower().endswith((*ENDINGS, ".npy")) or path.is_dir() != _is_zarr(path)):
+        raise ScanError(f"{path} is no volume: give a .tif, an .ome.zarr, a .npy or a folder of TIFF slices.")
     try:
-        read = _read_slices if slices else _read_zarr if _is_zarr(path) else _read_tiff
+        file = _read_npy if path.suffix.lower() == ".npy" else _read_tiff
+        read = _read_slices if slices else _read_zarr if _is_zarr(path) else file
         volume = read(path)
     except ScanError:
         raise
@@ -241,6 +242,13 @@ def _read_slices(folder: Path) -> Volume:
     import tifffile
 
     return Volume(np.stack([tifffile.imread(path).astype(np.float32, copy=False) for path in _slices(folder)]))
+
+
+def _read_npy(path: Path) -> Volume:
+    data = np.load(path, allow_pickle=False)
+    if data.dtype.kind not in "fiub":
+        raise ScanError(f"{path} holds values of type {data.dtype}; a volume has real numbers.")
+    return Volume(data.astype(np.float32, copy=False))
 
 
 # -- OME-Zarr ------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from typing import IO, Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from napari_recon.jobs.job import ReconstructionJob, quiet_threads
+from napari_recon.jobs.job import Job, OperatorJob, PatchJob, quiet_threads
 from napari_recon.jobs.messages import Cancelled, Failed, Finished, Message, VolumeReady
 from napari_recon.jobs.run import Control
 from napari_recon.jobs.volumes import remove_partial
@@ -65,7 +65,7 @@ class Worker:
         self._volumes: dict[str, NDArray[np.float32]] = {}
         self._lock = threading.Lock()
         self._starting = threading.Lock()
-        self._job: ReconstructionJob | None = None
+        self._job: Job | None = None
         self._number = 0
         self._running = False
         self._ready = threading.Event()
@@ -90,7 +90,7 @@ class Worker:
         return process.pid if process is not None and process.poll() is None else None
 
     def volume(self, name: str) -> NDArray[np.float32]:
-        """The array (D, H, W) of volume "fdk" or "result" of the last job; it changes while the job runs.
+        """The array of a volume of the last job, "fdk" or "result" say; it changes while the job runs.
 
         The array stays valid whatever happens to the child.
 
@@ -139,7 +139,7 @@ class Worker:
             threading.Thread(target=self._write, args=(process, orders), name="orders", daemon=True).start()
             threading.Thread(target=self._read, args=(process,), name="messages", daemon=True).start()
 
-    def submit(self, job: ReconstructionJob) -> None:
+    def submit(self, job: Job) -> None:
         """Run a job; one that still runs is cancelled first, and nothing more is heard of it."""
         if self._closed:
             raise RuntimeError("The worker was closed: make another.")
@@ -254,9 +254,8 @@ class Worker:
 
     def _clean_up(self, pid: int) -> None:
         """Remove what a child that was killed while writing left behind."""
-        job = self._job
-        if job is not None and job.output is not None:
-            remove_partial(job.output, pid)
+        if self._job is not None:
+            _remove_half_written(self._job, pid)
         remove_shared(pid)
 
 
@@ -268,8 +267,7 @@ def _obituary(status: int) -> str:
     else:
         how = f"crashed (signal {-status}, {signal.Signals(-status).name})"
     return (
-        f"The reconstruction process {how}: choose a smaller patch or more binning and run again; "
-        "the volume so far is kept."
+        f"The computing process {how}: choose a smaller patch or more binning and run again; the volume so far is kept."
     )
 
 
@@ -315,15 +313,15 @@ class _Desk:
     def __init__(self, orders: IO[bytes]) -> None:
         self._orders = orders
         self._changed = threading.Condition()
-        self._next: tuple[int, ReconstructionJob, Control] | None = None
-        self._current: tuple[int, ReconstructionJob, Control] | None = None
+        self._next: tuple[int, Job, Control] | None = None
+        self._current: tuple[int, Job, Control] | None = None
 
     def wait_for_job(self, seconds: float) -> bool:
         """Whether a job arrives within some seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: self._next is not None, seconds)
 
-    def next_job(self) -> tuple[int, ReconstructionJob, Control]:
+    def next_job(self) -> tuple[int, Job, Control]:
         """Wait for a job."""
         with self._changed:
             self._changed.wait_for(lambda: self._next is not None)
@@ -353,7 +351,7 @@ class _Desk:
             if last is not None:
                 getattr(last[2], name)(*values)
         with self._changed:
-            if self._current is not None and self._current[1].output is not None:  # it may be writing: let it stop
+            if self._current is not None and _may_write(self._current[1]):  # let it stop
                 self._current[2].cancel()
                 self._changed.wait_for(lambda: self._current is None, _LAST_STEP)
         self.leave()
@@ -362,10 +360,24 @@ class _Desk:
         """End this process, whatever its threads do, and leave nothing behind."""
         _allocating.acquire()  # for good: from here on no thread makes another file
         remove_shared(os.getpid())
-        current = self._current
-        if current is not None and current[1].output is not None:
-            remove_partial(current[1].output)
+        if self._current is not None:
+            _remove_half_written(self._current[1])
         os._exit(0)
+
+
+def _may_write(job: Job) -> bool:
+    """Whether a job writes a file; that of an operator does so in the cache, at least."""
+    return isinstance(job, OperatorJob) or (not isinstance(job, PatchJob) and job.output is not None)
+
+
+def _remove_half_written(job: Job, process: int | None = None) -> None:
+    """Remove what ``process`` (this one, by default) left behind of a job's output when it ended amid writing."""
+    if isinstance(job, PatchJob) or job.output is None:
+        return
+    if isinstance(job, OperatorJob):  # NormalOperator.save's temporary name
+        job.output.with_name(job.output.name + ".partial").unlink(missing_ok=True)
+    else:
+        remove_partial(job.output, process)
 
 
 def _take_standard_streams() -> tuple[IO[bytes], IO[bytes]]:
@@ -423,7 +435,7 @@ def _unpack(stream: IO[bytes]) -> Any:
 _allocating = threading.Lock()
 
 
-def _allocate_shared(name: str, shape: tuple[int, int, int]) -> tuple[NDArray[np.float32], str]:
+def _allocate_shared(name: str, shape: tuple[int, ...]) -> tuple[NDArray[np.float32], str]:
     """A volume of zeros that another process can map, and the handle that it does so by."""
     size = 4 * int(np.prod(shape))
     if sys.platform == "win32":
@@ -435,7 +447,7 @@ def _allocate_shared(name: str, shape: tuple[int, int, int]) -> tuple[NDArray[np
     raise MemoryError(f"No room for volume {name!r} of {size} bytes in {' or '.join(map(str, _folders()))}.")
 
 
-def _allocate_file(folder: Path, size: int, shape: tuple[int, int, int]) -> tuple[NDArray[np.float32], str]:
+def _allocate_file(folder: Path, size: int, shape: tuple[int, ...]) -> tuple[NDArray[np.float32], str]:
     file, path = tempfile.mkstemp(prefix=f"napari-recon-{os.getpid()}-", dir=folder)
     try:
         # Claim the room: without, the process would die of SIGBUS where there is too little.
@@ -448,7 +460,7 @@ def _allocate_file(folder: Path, size: int, shape: tuple[int, int, int]) -> tupl
         os.close(file)
 
 
-def _map_shared(handle: str, shape: tuple[int, int, int]) -> NDArray[np.float32]:
+def _map_shared(handle: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
     """Map what :func:`_allocate_shared` made in another process, and take its name off the system."""
     size = 4 * int(np.prod(shape))
     if sys.platform == "win32":
@@ -474,5 +486,5 @@ def _lengthen(file: int, _: int, size: int) -> None:
     os.ftruncate(file, size)
 
 
-def _as_volume(memory: mmap.mmap, shape: tuple[int, int, int]) -> NDArray[np.float32]:
+def _as_volume(memory: mmap.mmap, shape: tuple[int, ...]) -> NDArray[np.float32]:
     return np.frombuffer(memory, np.float32).reshape(shape)  # the array keeps the mapping alive

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from deepinv.physics import LinearPhysics
@@ -22,7 +22,7 @@ from napari_recon.physics.normal_operator import (
 )
 from napari_recon.scans.errors import ScanError
 
-Distribution = Literal["white", "image", "residual"]
+Distribution = Literal["mixed", "white", "image", "residual"]
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,10 @@ def stream_normal_operator_fit(
     probes: int = 8,
     iterations: int = 4,
     positions: int = 5,
-    distribution: Distribution = "white",
+    distribution: Distribution = "mixed",
     held_out: int = 1,
     support: int | None = None,
+    mask_step: int = 1,
     complex_image: bool | None = None,
     real_filter: bool | None = None,
     seed: int = 0,
@@ -106,7 +107,7 @@ def stream_normal_operator_fit(
     physics, img_size
         As for :func:`fit_normal_operator`.
     terms
-        Kernels: 1 as in the paper; 3 lets the kernel vary with z² and x² + y² (in 2D with y² and x²), at three
+        Kernels: 1 as in the paper; 3 lets the kernel vary with |z| and x² + y² (in 2D with y² and x²), at three
         times the cost of applying H.
     symmetric
         diag(m) C diag(m)^* (the default), or the paper's diag(m) C.
@@ -117,11 +118,15 @@ def stream_normal_operator_fit(
     positions
         Point-spread functions for the start, one A and one Aᵀ each.
     distribution
-        "white" (random signs), "image" (1/f spectrum) or "residual" (rough, on half-size patches).
+        "white" (random signs, as in the paper), "image" (1/f spectrum), "residual" (rough, on half-size patches), or
+        "mixed": white and image in turn. On white noise alone the lowest frequencies, few among many but where AᵀA is
+        largest, are fitted worst.
     held_out
         Volumes for the held-out error.
     support
         Largest offset of the kernel in voxels; None keeps all.
+    mask_step
+        Resolution of the mask: it is linear between points so many voxels apart.
     complex_image
         Whether the 2 channels are a complex volume; None asks the physics (deepinv's MRI).
     real_filter
@@ -138,20 +143,43 @@ def stream_normal_operator_fit(
     """
     if complex_image is None:
         complex_image = isinstance(physics, MRIMixin)
-    size = img_size if img_size is not None else getattr(physics, "img_size", None)
+    size = img_size
+    if size is None:
+        # deepinv's MultiCoilMRI says (320, 320) where it is not told; its coil maps (B, coils, *spatial) know.
+        maps = getattr(physics, "coil_maps", None)
+        size = (2, *maps.shape[2:]) if isinstance(maps, Tensor) else getattr(physics, "img_size", None)
     if size is None:
         raise ScanError("The physics does not say how large its volumes are; pass img_size=(C, D, H, W).")
     channels, shape = _split_size(size, physics, complex_image)
     if terms not in MODULATIONS[len(shape)]:
         raise ScanError(f"A normal operator in {len(shape)}D has {sorted(MODULATIONS[len(shape)])} terms, not {terms}.")
-    if distribution not in ("white", "image", "residual"):
-        raise ScanError(f"The distribution {distribution!r} is unknown: use 'white', 'image' or 'residual'.")
-    if probes < 1 or iterations < 0 or positions < 1 or held_out < 1:
-        raise ScanError("A fit needs at least one probe, one position, one held-out volume and no negative iterations.")
+    if distribution not in get_args(Distribution):
+        raise ScanError(
+            f"The distribution {distribution!r} is unknown: use one of {', '.join(get_args(Distribution))}."
+        )
+    if probes < 1 or iterations < 0 or positions < 1 or held_out < 1 or mask_step < 1:
+        raise ScanError(
+            "A fit needs at least one probe, one position, one held-out volume, a mask step of at least one voxel, and "
+            "no negative iterations."
+        )
     if device is None:
         device = _device_of(physics)
     fit = _Fit(physics, channels, shape, complex_image, symmetric, terms, support, torch.device(device), seed)
     fit.real_filter = symmetric if real_filter is None else real_filter
+    fit.mask_step = mask_step
+    settings = {
+        "terms": terms,
+        "symmetric": symmetric,
+        "real_filter": fit.real_filter,
+        "probes": probes,
+        "iterations": iterations,
+        "positions": positions,
+        "distribution": distribution,
+        "held_out": held_out,
+        "support": support,
+        "mask_step": mask_step,
+        "seed": seed,
+    }
     started = time.perf_counter()
     total = positions + probes + held_out + 1 + iterations + 1
     step = 0
@@ -173,7 +201,7 @@ def stream_normal_operator_fit(
         return math.sqrt(figures["held_out"] * figures["image"])
 
     figures = row(0)
-    best, lowest = fit.operator(), score(figures)
+    best, lowest = fit.operator(settings), score(figures)
     yield FitUpdate("fitting", step, total, best, figures)
     for iteration in range(1, iterations + 1):
         fit.kernel_steps(2)
@@ -183,7 +211,7 @@ def stream_normal_operator_fit(
         step += 1
         gain = 1 - score(figures) / lowest
         if gain > 0:
-            best, lowest = fit.operator(), score(figures)
+            best, lowest = fit.operator(settings), score(figures)
         yield FitUpdate("fitting", step, total, best, figures)
         if gain < 5e-3:
             break
@@ -209,7 +237,7 @@ class _Fit:
     ) -> None:
         self.physics, self.channels, self.shape, self.complex = physics, channels, shape, complex_image
         self.symmetric, self.terms, self.support, self.device = symmetric, terms, support, device
-        self.real_filter = symmetric
+        self.real_filter, self.mask_step = symmetric, 1
         self.lengths, self.axes = fft_shape(shape), tuple(range(-len(shape), 0))
         self.generator = torch.Generator().manual_seed(seed)
         self.mask = torch.ones(shape, device=device)
@@ -217,7 +245,9 @@ class _Fit:
         if complex_image:
             self.kernel, self.mask = self.kernel.to(torch.complex64), self.mask.to(torch.complex64)
         self.mirrors: list[tuple[int, ...]] = []  # flipped axes
+        self.diagonal: Tensor | None = None
         self.quarter_turn = False
+        self.smooth = True  # whether the mask changes slowly
         self.modulations = [w[0, 0] for w in self._as_operator(self.mask, self._spectrum(self.kernel)).modulations()]
 
     # -- the exact operator ---------------------------------------------------------------------------------------
@@ -250,6 +280,8 @@ class _Fit:
             padded[tuple(slice(0, n) for n in self.shape)] = spread
             self.kernel[0] += torch.roll(padded, [-a for a in at], self.axes) / positions
             yield
+        if not bool(self.kernel[0].flatten()[0].real > 0):  # AᵀA vanishes at every position, as in inpainting's hole
+            self.kernel[0].flatten()[0] = 1
         self.kernel = self._projected(self.kernel)
 
     def draw(self, probes: int, held_out: int, distribution: Distribution) -> Iterator[None]:
@@ -257,7 +289,8 @@ class _Fit:
         pairs = []
         for index in range(probes + held_out + 1):
             # The last one is always like an image: on white noise alone a fit can gain where images lose.
-            x = self._random("image" if index == probes + held_out else distribution).to(self.device)
+            kind: Distribution = "image" if index == probes + held_out else distribution
+            x = self._random(kind).to(self.device)
             pairs.append((x, self.exact(x)))
             if index == 0:
                 self._find_symmetries(*pairs[0])
@@ -268,7 +301,16 @@ class _Fit:
         self.held_nx = torch.cat([nx for _, nx in pairs[probes:]])
         self.weights = 1 / self.nx.abs().square().flatten(1).sum(1)
         self.distribution = distribution
+        first, second = self._diagonal(slice(0, None, 2)), self._diagonal(slice(1, None, 2))
+        self.smooth = probes < 2 or not _rough(first, second)
+        if distribution == "white" or not self.smooth:
+            self.diagonal = self._diagonal(slice(None))
         self.kernel = self._projected(self.kernel)
+
+    def _diagonal(self, chosen: slice) -> Tensor:
+        """The diagonal of AᵀA as some probes tell it (*shape): Hutchinson's estimator, exact where AᵀA is diagonal."""
+        x, nx = self.x[chosen], self.nx[chosen]
+        return (nx * x.conj()).real.sum((0, 1)) / x.abs().square().sum((0, 1)).clamp(min=1e-12)
 
     def _find_symmetries(self, x: Tensor, nx: Tensor) -> None:
         """Keep the reflections R with AᵀA R x = R AᵀA x, to a tenth; the scan is then the same seen in that mirror."""
@@ -296,6 +338,8 @@ class _Fit:
         def noise() -> Tensor:
             return torch.randn((1, 1, *self.shape), generator=self.generator)
 
+        if distribution == "mixed":
+            return (self._random("white") + self._random("image")) / math.sqrt(2)
         if distribution == "white":
             signs = torch.randint(0, 2, (2, 1, 1, *self.shape), generator=self.generator, dtype=torch.float32) * 2 - 1
             return torch.complex(signs[0], signs[1]) / math.sqrt(2) if self.complex else signs[0]
@@ -323,12 +367,13 @@ class _Fit:
 
     def start_mask(self) -> None:
         """Start from m = sqrt(diag(AᵀA) / C₀(0)), the diagonal from the probes, smoothed; and u = C(m x) of them."""
-        if self.distribution == "white":
-            diagonal = self._over_symmetries((self.nx * self.x.conj()).real.mean((0, 1)))
-            diagonal = _smooth(diagonal)
+        if self.diagonal is not None:
             centre = self.kernel[0].flatten()[0].real.clamp(min=1e-30)
-            ratio = (diagonal / centre).clamp(min=1e-3)
-            self.mask = (ratio.sqrt() if self.symmetric else ratio).to(self.mask.dtype)
+            ratio = (self._coarse(self._over_symmetries(self.diagonal)) / centre).clamp(min=1e-3)
+            self.cells = (ratio.sqrt() if self.symmetric else ratio).to(self.mask.dtype)
+        else:
+            self.cells = self._coarse(self.mask)
+        self.mask = self._fine(self.cells)
         self._refresh()
 
     # -- alternating least squares --------------------------------------------------------------------------------
@@ -435,11 +480,22 @@ class _Fit:
             top = (weights * self.nx * self.u.conj()).sum((0, 1))
             bottom = (weights * self.u.abs().square()).sum((0, 1))
             top, bottom = self._over_symmetries(top), self._over_symmetries(bottom)
-            top, bottom = _smooth(top), _smooth(bottom)
+            top, bottom = self._coarse(top), self._coarse(bottom)
             ridge = 0.05 * bottom.mean()
-            estimate = (top + ridge * self.mask) / (bottom + ridge)
-            self.mask = (self.mask + estimate) / 2 if self.symmetric else estimate
+            estimate = (top + ridge * self.cells) / (bottom + ridge)
+            self.cells = (self.cells + estimate) / 2 if self.symmetric else estimate
+            self.mask = self._fine(self.cells)
             self._refresh()
+
+    def _coarse(self, x: Tensor) -> Tensor:
+        """What of a volume (*shape) the mask can follow: smoothed, or the means over cells of ``mask_step`` voxels."""
+        if self.mask_step > 1:
+            return _pooled(x, self.mask_step)
+        return _smooth(x) if self.smooth else x
+
+    def _fine(self, cells: Tensor) -> Tensor:
+        """The mask of its cells: linear between their middles."""
+        return cells if self.mask_step == 1 else _interpolated(cells, self.shape, self.mask_step)
 
     # -- read off -------------------------------------------------------------------------------------------------
 
@@ -454,23 +510,29 @@ class _Fit:
         image = errors.pop()
         return {"loss": float(loss), "held_out": math.sqrt(sum(e * e for e in errors) / len(errors)), "image": image}
 
-    def operator(self) -> NormalOperator:
+    def operator(self, settings: dict[str, Any]) -> NormalOperator:
         """The operator now; the mask's mean over the central half is 1, and λ carries AᵀA's unit."""
         centre = tuple(slice(n // 4, max(n // 4 + 1, n - n // 4)) for n in self.shape)
         scale = self.mask[centre].abs().mean().clamp(min=1e-30)
         factor = scale**2 if self.symmetric else scale
         spectrum = self._spectrum(self.kernel) * factor
-        return self._as_operator((self.mask / scale).clone(), spectrum)
+        operator = self._as_operator((self.mask / scale).clone(), spectrum)
+        operator.settings = settings
+        return operator
 
     def errors(self, operator: NormalOperator) -> dict[str, float]:
-        """Relative errors on fresh white noise and on a fresh image-like volume."""
+        """Relative errors on fresh volumes: white noise, image-like, and residual-like on a half-size patch.
+
+        The last is measured on the patch alone, which is what a partitioned data step meets.
+        """
         found = {}
-        for name in ("white", "image"):
+        for name in ("white", "image", "residual"):
             x = self._random(name).to(self.device)  # type: ignore[arg-type]
             nx = self.exact(x)
             masked = operator.spatial_mask.conj() * x if self.symmetric else x
             h = operator.spatial_mask * operator.convolve(masked)
-            found[name] = float((nx - h).norm() / nx.norm())
+            within = (x != 0) if name == "residual" else torch.ones_like(x, dtype=torch.bool)
+            found[name] = float((nx - h)[within].norm() / nx[within].norm().clamp(min=1e-30))
         return found
 
     def _as_operator(self, mask: Tensor, spectrum: Tensor) -> NormalOperator:
@@ -530,6 +592,15 @@ def _inner(a: Tensor, b: Tensor) -> float:
     return float(torch.vdot(a.flatten(), b.flatten()).real)
 
 
+def _rough(first: Tensor, second: Tensor) -> bool:
+    """Whether the diagonal of AᵀA, estimated twice, changes from voxel to voxel, as inpainting's does.
+
+    Both estimates then agree on what smoothing takes away; on their noise they do not.
+    """
+    first, second = first - _smooth(first), second - _smooth(second)
+    return _inner(first, second) > 0.5 * float(first.norm() * second.norm())
+
+
 def _smooth(x: Tensor) -> Tensor:
     """The mean over each voxel's 3 x 3 x 3 neighbours (those that exist): the mask changes slowly."""
     if x.is_complex():
@@ -537,3 +608,23 @@ def _smooth(x: Tensor) -> Tensor:
     pool = {2: torch.nn.functional.avg_pool2d, 3: torch.nn.functional.avg_pool3d}[x.ndim]
     width = tuple(3 if n > 2 else 1 for n in x.shape)  # a fan beam's volume is one slice
     return pool(x[None, None], width, stride=1, padding=tuple(n // 2 for n in width), count_include_pad=False)[0, 0]
+
+
+def _pooled(x: Tensor, step: int) -> Tensor:
+    """Means over cells of ``step`` voxels an axis; the last ones may be smaller."""
+    if x.is_complex():
+        return torch.complex(_pooled(x.real, step), _pooled(x.imag, step))
+    pool = {2: torch.nn.functional.avg_pool2d, 3: torch.nn.functional.avg_pool3d}[x.ndim]
+    width = tuple(min(step, n) for n in x.shape)
+    return pool(x[None, None], width, ceil_mode=True, count_include_pad=False)[0, 0]
+
+
+def _interpolated(cells: Tensor, shape: Sequence[int], step: int) -> Tensor:
+    """A volume of ``shape`` that is linear between the middles of cells of ``step`` voxels."""
+    if cells.is_complex():
+        return torch.complex(_interpolated(cells.real, shape, step), _interpolated(cells.imag, shape, step))
+    width = tuple(min(step, n) for n in shape)
+    mode = "trilinear" if cells.ndim == 3 else "bilinear"
+    whole = tuple(c * w for c, w in zip(cells.shape, width, strict=True))
+    fine = torch.nn.functional.interpolate(cells[None, None], size=whole, mode=mode, align_corners=False)[0, 0]
+    return fine[tuple(slice(0, n) for n in shape)].contiguous()

@@ -6,12 +6,12 @@ For many scans AᵀA is nearly a convolution whose strength changes slowly over 
 
 comes close to it with one mask m and one filter λ. The paper's form for CT leaves out the last factor. What one
 kernel cannot say is that the kernel itself changes with position (a cone beam's does, with height and radius). The
-form with several terms lets it vary quadratically,
+form with several terms lets it vary,
 
-    C x = C₀ x + ½ Σ_k (w_k C_k x + C_k w_k x),             w_k = z², x² + y²  (on -1..1, less their means),
+    C x = C₀ x + ½ Σ_k (w_k C_k x + C_k w_k x),             w_k = |z|, x² + y²  (on -1..1, less their means),
 
-which is still symmetric and costs one pair of Fourier transforms a term: replacing ½ (w_i + w_j) by the value of w
-at the midpoint of i and j, or by a product, only moves something translation-invariant into C₀.
+which is still symmetric and costs one pair of Fourier transforms a term. |z| and not z²: rays tilt in proportion to
+the height above the source's plane, and with them the frequencies about the axis that no ray sees.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ from torch import Tensor
 from napari_recon.scans.errors import ScanError
 
 Box = tuple[slice, ...]
+
+FORMAT = "napari-recon normal operator 2"
+"""What an operator file says it is; 1 had other modulations."""
 
 # Whether scipy transforms what is on the CPU; the tests switch it off to see the other devices' road.
 _SCIPY = True
@@ -92,11 +95,12 @@ def inverse_transform(s: Tensor, shape: Sequence[int], lengths: Sequence[int], f
 # The operator
 
 
-# The axes whose squared coordinates add up to w_k, by number of dimensions and of terms. 1/3 is taken off each square,
-# its mean over the volume: it only moves something into C₀, and makes the terms nearly orthogonal: they fit faster.
-MODULATIONS: dict[int, dict[int, list[tuple[int, ...]]]] = {
-    2: {1: [], 2: [(0, 1)], 3: [(0,), (1,)]},
-    3: {1: [], 2: [(1, 2)], 3: [(0,), (1, 2)], 4: [(0,), (1,), (2,)]},
+# w_k by number of dimensions and of terms: sums of |coordinate|^power over axes, as (power, axes). The mean over the
+# volume, 1 / (power + 1), is taken off: it only moves something into C₀, and makes the terms nearly orthogonal, so that
+# they fit faster. Powers z² and z⁴, products, other angular terms and up to five terms were tried (docs/benchmarks.md).
+MODULATIONS: dict[int, dict[int, list[tuple[int, tuple[int, ...]]]]] = {
+    2: {1: [], 2: [(2, (0, 1))], 3: [(2, (0,)), (2, (1,))]},
+    3: {1: [], 2: [(1, (0,))], 3: [(1, (0,)), (2, (1, 2))]},
 }
 
 
@@ -126,8 +130,8 @@ class NormalOperator:
     ----------
     shape, terms, is_complex
         Voxels that it works on; number of kernels; whether volumes are complex.
-    history, errors
-        How it was fitted: a row of figures an iteration, and relative errors by kind of volume.
+    settings, history, errors
+        How it was fitted: the fit's options, a row of figures an iteration, and relative errors by kind of volume.
 
     Raises
     ------
@@ -167,6 +171,7 @@ class NormalOperator:
         if coordinates is None:
             coordinates = [torch.linspace(-1, 1, n) if n > 1 else torch.zeros(1) for n in self.shape]
         self.coordinates = [values.to(spatial_mask.device) for values in coordinates]
+        self.settings: dict[str, Any] = {}
         self.history: list[dict[str, float]] = []
         self.errors: dict[str, float] = {}
         self._patch_filters: dict[tuple[int, ...], Tensor] = {}
@@ -178,19 +183,20 @@ class NormalOperator:
         moved = NormalOperator(
             self.spatial_mask.to(device), self.fourier_filter.to(device), self.symmetric, self.coordinates, self.batched
         )
-        moved.history, moved.errors = self.history, self.errors
+        moved.settings, moved.history, moved.errors = self.settings, self.history, self.errors
+        moved._patch_filters = {shape: filters.to(device) for shape, filters in self._patch_filters.items()}
         return moved
 
     def modulations(self) -> list[Tensor]:
         """w_k of every term after the first, broadcastable to (B, C, *spatial); zero on average over the volume."""
         weights = []
-        for axes in MODULATIONS[self.dims][self.terms]:
+        for power, axes in MODULATIONS[self.dims][self.terms]:
             w = torch.zeros((), device=self.spatial_mask.device)
             for axis in axes:
                 values = self.coordinates[axis]
                 spread = [1] * self.dims
                 spread[axis] = values.shape[-1]
-                w = w + (values**2 - 1 / 3).reshape(-1, 1, *spread)
+                w = w + (values.abs() ** power - 1 / (power + 1)).reshape(-1, 1, *spread)
             weights.append(w)
         return weights
 
@@ -383,9 +389,10 @@ class NormalOperator:
 
         path = Path(path)
         metadata = {
-            "format": "napari-recon normal operator 1",
+            "format": FORMAT,
             "version": __version__,
             "symmetric": json.dumps(self.symmetric),
+            "settings": json.dumps(self.settings),
             "history": json.dumps(self.history),
             "errors": json.dumps(self.errors),
             "physics": json.dumps(describe_physics(physics) if physics is not None else {}),
@@ -416,9 +423,16 @@ class NormalOperator:
         try:
             with safe_open(str(path), framework="pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
-                if not metadata.get("format", "").startswith("napari-recon normal operator"):
+                kept_format = metadata.get("format", "")
+                if not kept_format.startswith(FORMAT[:-1]):
                     raise ScanError(
                         f"{path} is a safetensors file, but not a normal operator; use fit-operator to make one."
+                    )
+                if kept_format != FORMAT:
+                    version = metadata.get("version", "another version")
+                    raise ScanError(
+                        f"The operator file {path} was written by napari-recon {version}, whose form this version does "
+                        "not read; fit it again."
                     )
                 tensors = {k: file.get_tensor(k) for k in ("spatial_mask", "fourier_filter")}
         except FileNotFoundError:
@@ -436,6 +450,7 @@ class NormalOperator:
                         "fit it again for this scan."
                     )
         operator = cls(tensors["spatial_mask"], tensors["fourier_filter"], json.loads(metadata["symmetric"]))
+        operator.settings = json.loads(metadata["settings"])
         operator.history, operator.errors = json.loads(metadata["history"]), json.loads(metadata["errors"])
         return operator
 

@@ -14,23 +14,28 @@ knows A, its adjoint and a measurement solves the patch: A is S AᵀA Sᵀ, the 
 
 from __future__ import annotations
 
+import heapq
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 import deepinv as dinv
 import torch
 from deepinv.models import Reconstructor
+from deepinv.optim.optim_iterators import ADMMIteration
 from deepinv.physics import LinearPhysics
 from torch import Tensor
 
-from napari_recon.physics.normal import DiagCirculantWrapper, NormalOperator, NormalPhysics
+from napari_recon.physics.normal import DiagCirculantWrapper, NormalOperator, NormalPhysics, is_self_adjoint
 from napari_recon.reconstruction.start import Start, start_volume
 from napari_recon.reconstruction.streaming import Region, StreamingReconstructor, Update, whole
 from napari_recon.scans.errors import ScanError
 
+BOLDNESS = 1.5
+"""A shortened pass's step, over the one that balances data and prior; 2 would gain nothing along it."""
 Focus = Sequence[float] | Callable[[], Sequence[float] | None] | None
 Window = Callable[[int], Tensor]
 
@@ -104,13 +109,13 @@ class Partition:
             out = out * self._weights[axis][s.start].to(device).reshape(spread)
         return out
 
-    def nearest(self, boxes: Sequence[Region], focus: Sequence[float]) -> Region:
-        """Of some boxes the one whose middle is nearest to a point (voxels)."""
+    def nearest(self, boxes: Sequence[Region], focus: Sequence[float], count: int) -> list[Region]:
+        """Of some boxes the ``count`` whose middles are nearest to a point (voxels), the nearest first."""
 
         def distance(box: Region) -> float:
             return sum(((s.start + s.stop - 1) / 2 - f) ** 2 for s, f in zip(box, focus, strict=True))
 
-        return min(boxes, key=distance)
+        return heapq.nsmallest(count, boxes, key=distance)
 
 
 class PartitionedReconstructor(StreamingReconstructor):
@@ -137,10 +142,16 @@ class PartitionedReconstructor(StreamingReconstructor):
         n -> (n,) positive weights along an axis.
     global_steps
         Conjugate-gradient steps on ½‖Ax − y‖² over the whole volume before the first pass, an A and an Aᵀ each, and one
-        before each later pass. What the
-        patches share and none sees whole is the residual's low frequencies: each patch would explain all of them, and
-        many small patches together overshoot. Low frequencies are where AᵀA is largest, so a few steps remove them.
-        0 is the bare scheme.
+        before each later pass. What the patches share and none sees whole is the residual's low frequencies: each patch
+        would explain all of them, and many small patches together overshoot. Low frequencies are where AᵀA is largest,
+        so a few steps remove them. Where patches have overshot nevertheless, the pass's change is shortened at its
+        end. 0 is the bare scheme, with neither.
+    batch
+        How many patches of a pass the base reconstructor gets at once, as one batch (batch · B, C, *patch); None: all
+        of a pass. It fills a large device with small patches, at their memory; who stops or steers is heard once a
+        batch. The result is that of one at a time as long as the base treats each sample of a batch by itself, which
+        deepinv's optimisers do unless they are asked to stop early or to backtrack: both are decided by the batch's
+        mean.
     """
 
     def __init__(
@@ -153,8 +164,12 @@ class PartitionedReconstructor(StreamingReconstructor):
         passes: int = 1,
         window: Window = hann,
         global_steps: int = 4,
+        batch: int | None = 1,
     ) -> None:
         super().__init__()
+        if batch is not None and int(batch) < 1:
+            raise ScanError(f"batch is {batch}; it must be at least one patch, or None for all of a pass.")
+        self.batch = None if batch is None else int(batch)
         if int(global_steps) < 0:
             raise ScanError(f"global_steps is {global_steps}; it must be 0 or more.")
         self.global_steps = int(global_steps)
@@ -191,7 +206,8 @@ class PartitionedReconstructor(StreamingReconstructor):
             Overrides the constructor's.
         focus
             The patches nearest to this point, (z, y, x) in voxels, come first; the volume's middle by default. A
-            function is asked before every choice, so that a person's cursor steers a running job; it may return None.
+            function is asked before every choice of a batch, so that a person's cursor steers a running job; it may
+            return None.
 
         Raises
         ------
@@ -204,27 +220,30 @@ class PartitionedReconstructor(StreamingReconstructor):
         alone would change ½‖Ax − y‖², relative to it (negative is better). At the start and after each pass
         ``residual``, ‖Ax − y‖/‖y‖.
         """
-        exact, scaling, h = _what_is_meant(physics, fourier_filter, spatial_mask, operator)
+        problem = _Problem.of(physics, fourier_filter, spatial_mask, operator)
+        exact = problem.exact
         shown = start_volume(self.init if init is None else init, y, exact)
-        self._check(shown, h)
+        self._check(shown, problem.operator)
+        problem = problem.on(shown)
         partition = Partition(shown.shape[2:], self.patch_size, self.stride, self.window)
-        h = h.to(shown.device) if h is not None else None
         total = self.passes * len(partition)
         norm = float(torch.linalg.vector_norm(shown)) or 1.0
         size = float(torch.linalg.vector_norm(y)) or 1.0
 
-        def pick(boxes: Sequence[Region]) -> Region:
+        def pick(boxes: Sequence[Region]) -> list[Region]:
             point = focus() if callable(focus) else focus
             middle = [(n - 1) / 2 for n in partition.shape]
-            return partition.nearest(boxes, middle if point is None else _point(point, partition.shape))
+            return partition.nearest(
+                boxes, middle if point is None else _point(point, partition.shape), self.batch or len(boxes)
+            )
 
         step = 0
         context = shown.clone()
-        residual = exact.A(context).sub_(y)
+        residual = _residual(exact, context, y)
         figures = {"residual": float(torch.linalg.vector_norm(residual)) / size}
         waiting = list(partition.boxes)
-        box = pick(waiting)
-        yield Update(whole(shown), shown, 0, total, figures, box)
+        boxes = pick(waiting)
+        yield Update(whole(shown), shown, 0, total, figures, boxes[0])
         for sweep in range(self.passes):
             # Later passes need less: what is left is small, and each step fits some of the noise that a prior removed.
             steps = self.global_steps if sweep == 0 else min(1, self.global_steps)
@@ -232,61 +251,64 @@ class PartitionedReconstructor(StreamingReconstructor):
             if self.global_steps:
                 context.copy_(shown)
             half_square = 0.5 * float(torch.linalg.vector_norm(residual)) ** 2 or 1.0
+            before = residual if self.global_steps else None
             del residual
-            following: Region | None = box
-            while following is not None:
-                box = following
-                waiting.remove(box)
-                change, figures = self._solve(
-                    box, context[_at(box)], gradient[_at(box)], exact, scaling, h, half_square
-                )
-                # What is shown is the context plus the windowed changes so far: meaningful at any time.
-                change.mul_(partition.weights(box, shown.device))
-                shown[_at(box)] += change
-                figures["change"] = float(torch.linalg.vector_norm(change)) / norm
-                step += 1
-                following = pick(waiting) if waiting else None
-                if following is not None:
-                    yield Update(box, shown[_at(box)], step, total, figures, following)
-            del gradient
-            residual = exact.A(shown).sub_(y)
+            believed = 0.0
+            while boxes:
+                for box in boxes:
+                    waiting.remove(box)
+                changes, curved, data_terms = self._solve(boxes, context, gradient, problem)
+                for index, (box, change) in enumerate(zip(boxes, changes, strict=True)):
+                    # What is shown is the context plus the windowed changes so far: meaningful at any time.
+                    change.mul_(partition.weights(box, shown.device))
+                    believed += float((change * curved[index]).sum()) / problem.scaling
+                    shown[_at(box)] += change
+                    figures = {
+                        "change": float(torch.linalg.vector_norm(change)) / norm,
+                        "data_term": data_terms[index] / half_square,
+                    }
+                    step += 1
+                    if index + 1 < len(boxes):
+                        yield Update(box, shown[_at(box)], step, total, figures, boxes[index + 1])
+                last = boxes[-1]
+                boxes = pick(waiting) if waiting else []
+                if boxes:
+                    yield Update(last, shown[_at(last)], step, total, figures, boxes[0])
+            del gradient, changes, curved
+            residual = _residual(exact, shown, y)
+            held_back = before is not None and _hold_back(shown, context, believed, before, residual)
+            del before
             figures["residual"] = float(torch.linalg.vector_norm(residual)) / size
-            last = box
             if sweep < self.passes - 1:
                 context.copy_(shown)
                 waiting = list(partition.boxes)
-                box = pick(waiting)
-            yield Update(last, shown[_at(last)], step, total, figures, box if waiting else None)
+                boxes = pick(waiting)
+            changed = whole(shown) if held_back else last
+            yield Update(changed, shown[_at(changed)], step, total, figures, boxes[0] if boxes else None)
 
     def _solve(
-        self,
-        box: Region,
-        context: Tensor,
-        gradient: Tensor,
-        exact: LinearPhysics,
-        scaling: float,
-        h: NormalOperator | None,
-        half_square: float,
-    ) -> tuple[Tensor, dict[str, float]]:
-        """What the base reconstructor changes in a patch, and what that does to the data term."""
-        normal = _exact_patch(exact, box) if h is None else h.patch(box).apply
-        context = context.contiguous()
-        scaled = normal if scaling == 1 else (lambda x: normal(x).mul_(scaling))
-        patch_physics = NormalPhysics(scaled, tuple(context.shape[1:]), context, context.device)
-        at_context = patch_physics.A(context)
-        b = at_context - scaling * gradient
+        self, boxes: Sequence[Region], context: Tensor, gradient: Tensor, problem: _Problem
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor], list[float]]:
+        """What the base reconstructor changes in some patches, AᵀA of each, and what each does to ½‖Ax − y‖²."""
+        start = _taken(context, boxes)
+        physics = problem.of_patches(boxes, start)
+        at_start = physics.A(start)
+        slope = _taken(gradient, boxes)
+        b = at_start - problem.scaling * slope
         base = self.base_reconstructor
         _forget(base)
-        found = base(b, patch_physics, **_start_option(base, context))
-        if found.shape != context.shape:
+        found = base(b, physics, **_start_option(base, start))
+        if found.shape != start.shape:
             raise ScanError(
-                f"The base reconstructor returned {tuple(found.shape)} for a patch of {tuple(context.shape)}; "
+                f"The base reconstructor returned {tuple(found.shape)} for a patch of {tuple(start.shape)}; "
                 "it must keep the shape."
             )
-        change = found - context
-        curved = patch_physics.A(found) - at_context
-        decrease = float((0.5 * curved * change).sum() / scaling + (gradient * change).sum())
-        return change, {"data_term": decrease / half_square}
+        change = found - start
+        curved = physics.A(found) - at_start
+        decrease = (0.5 / problem.scaling * curved + slope).mul_(change)
+        volumes = len(context)
+        data_terms = [float(part.sum()) for part in decrease.split(volumes)]
+        return change.split(volumes), curved.split(volumes), data_terms
 
     def _check(self, volume: Tensor, h: NormalOperator | None) -> None:
         spatial = tuple(volume.shape[2:])
@@ -300,57 +322,116 @@ class PartitionedReconstructor(StreamingReconstructor):
             )
 
 
-def _what_is_meant(
-    physics: LinearPhysics,
-    fourier_filter: Tensor | None,
-    spatial_mask: Tensor | None,
-    operator: NormalOperator | None,
-) -> tuple[LinearPhysics, float, NormalOperator | None]:
-    """The exact physics, the scaling of the data term, and H or None."""
-    if isinstance(physics, DiagCirculantWrapper):
-        if physics.physics is None:
-            raise ScanError("This DiagCirculantWrapper was made without a physics; the projections cannot be used.")
-        return physics.physics, physics.scaling, physics.resolve(operator, fourier_filter, spatial_mask)
-    if operator is None and fourier_filter is None and spatial_mask is None:
-        return physics, 1.0, None
-    wrapper = DiagCirculantWrapper(physics, device=str(_device(fourier_filter, operator)))
-    return physics, 1.0, wrapper.resolve(operator, fourier_filter, spatial_mask)
+@dataclass(frozen=True)
+class _Problem:
+    """Whose data is to be explained, and what stands for AᵀA on a patch.
+
+    Attributes
+    ----------
+    exact
+        The physics that was measured with.
+    operator
+        H, or None where patches use AᵀA itself.
+    scaling
+        Of the data term.
+    max_iter, tol
+        Of proximal operators.
+    shape
+        Of the volumes, (*spatial), once there is one.
+    """
+
+    exact: LinearPhysics
+    operator: NormalOperator | None
+    scaling: float
+    max_iter: int
+    tol: float
+    shape: tuple[int, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        physics: LinearPhysics,
+        fourier_filter: Tensor | None,
+        spatial_mask: Tensor | None,
+        operator: NormalOperator | None,
+    ) -> _Problem:
+        """What a call means by its physics and its H."""
+        if isinstance(physics, DiagCirculantWrapper):
+            if physics.physics is None:
+                raise ScanError("This DiagCirculantWrapper was made without a physics; the projections cannot be used.")
+            h = physics.resolve(operator, fourier_filter, spatial_mask)
+            return cls(physics.physics, h, physics.scaling, physics.max_iter, physics.tol)
+        if operator is not None or fourier_filter is not None or spatial_mask is not None:
+            operator = DiagCirculantWrapper(physics).resolve(operator, fourier_filter, spatial_mask)
+        return cls(physics, operator, 1.0, physics.max_iter, physics.tol)
+
+    def on(self, volume: Tensor) -> _Problem:
+        """The same for volumes like this one, (B, C, *spatial), with H where it is."""
+        operator = None if self.operator is None else self.operator.to(volume.device)
+        return replace(self, operator=operator, shape=tuple(volume.shape[2:]))
+
+    def of_patches(self, boxes: Sequence[Region], context: Tensor) -> NormalPhysics:
+        """The physics of some patches, whose volumes are the samples of one batch: context is (n · B, C, *patch)."""
+        volumes = len(context) // len(boxes)
+        transpose = None
+        if self.operator is None:
+            normal = _exact_patches(self.exact, boxes, volumes, self.shape)
+        else:
+            # One patch serves a batch of volumes as it is; several need a mask for each sample.
+            samples = [box for box in boxes for _ in range(volumes)]
+            h = self.operator.patch(boxes[0]) if len(boxes) == 1 else self.operator.patches(samples)
+            normal = h.apply
+            transpose = None if is_self_adjoint(h) else self._scaled(h.adjoint)
+        return NormalPhysics(
+            self._scaled(normal),
+            tuple(context.shape[1:]),
+            context,
+            context.device,
+            transpose,
+            max_iter=self.max_iter,
+            tol=self.tol,
+        )
+
+    def _scaled(self, normal: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return normal if self.scaling == 1 else (lambda x: normal(x) * self.scaling)
 
 
-def _device(fourier_filter: Tensor | None, operator: NormalOperator | None) -> torch.device:
-    if operator is not None:
-        return operator.fourier_filter.device
-    return fourier_filter.device if fourier_filter is not None else torch.device("cpu")
-
-
-def _exact_patch(physics: LinearPhysics, box: Region) -> Callable[[Tensor], Tensor]:
-    """S AᵀA Sᵀ: by the physics' own restriction where it has one, else amid zeros."""
+def _exact_patches(
+    physics: LinearPhysics, boxes: Sequence[Region], volumes: int, shape: tuple[int, ...]
+) -> Callable[[Tensor], Tensor]:
+    """S AᵀA Sᵀ, box after box: by the physics' own restriction where it has one, else amid zeros."""
     restrict: Any = getattr(physics, "restrict", None)
-    if restrict is not None:
-        normal: Callable[[Tensor], Tensor] = restrict(box).A_adjoint_A
+
+    def amid_zeros(box: Region) -> Callable[[Tensor], Tensor]:
+        def normal(x: Tensor) -> Tensor:
+            full = x.new_zeros((*x.shape[:2], *shape))
+            full[_at(box)] = x
+            return physics.A_adjoint_A(full)[_at(box)].contiguous()
+
         return normal
-    spatial = tuple(int(n) for n in physics.img_size[-len(box) :]) if getattr(physics, "img_size", None) else None
 
-    def normal_amid_zeros(x: Tensor) -> Tensor:
-        if spatial is None:
-            raise ScanError("The physics does not say how large its volumes are; exact patches need its img_size.")
-        full = x.new_zeros((*x.shape[:2], *spatial))
-        full[_at(box)] = x
-        return physics.A_adjoint_A(full)[_at(box)].contiguous()
-
-    return normal_amid_zeros
+    each = [amid_zeros(box) if restrict is None else restrict(box).A_adjoint_A for box in boxes]
+    if len(each) == 1:
+        return each[0]
+    return lambda x: torch.cat([normal(part) for normal, part in zip(each, x.split(volumes), strict=True)])
 
 
 def _start_option(base: Reconstructor, context: Tensor) -> dict[str, Any]:
     """``init=`` for a base that takes it, in the form that it takes."""
     if isinstance(base, dinv.optim.optimizers.BaseOptim):
-        if isinstance(base, dinv.optim.ADMM):
+        if isinstance(base.fixed_point.iterator, ADMMIteration):
             return {"init": (context, torch.zeros_like(context))}  # its second iterate is the scaled dual
         return {"init": (context, context)}
     options = inspect.signature(base.forward).parameters
     if "init" in options or isinstance(base, StreamingReconstructor):
         return {"init": context}
     return {}
+
+
+def _residual(physics: LinearPhysics, x: Tensor, y: Tensor) -> Tensor:
+    """A x - y, in the memory of A x unless that is x's own, as an identity's is."""
+    ax = physics.A(x)
+    return ax - y if ax.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() else ax.sub_(y)
 
 
 def _global_steps(physics: LinearPhysics, x: Tensor, residual: Tensor, steps: int) -> Tensor:
@@ -371,6 +452,26 @@ def _global_steps(physics: LinearPhysics, x: Tensor, residual: Tensor, steps: in
     return gradient
 
 
+def _hold_back(shown: Tensor, context: Tensor, believed: float, before: Tensor, after: Tensor) -> bool:
+    """Shorten the change of a pass where patches overshot together; changes shown and its residual in place.
+
+    With d the blended change, every patch took its own part to curve the data term by ⟨d, Hd⟩; in fact the curvature
+    is ‖Ad‖², larger where patches moved the same way for the same reason. Each patch stands at its own minimum, where
+    data and prior are in balance, so that the step along d with that balance is the ratio of the two, whatever the
+    prior is. Ad costs nothing: it is the difference of the residuals. Below a half the pass as a whole went uphill;
+    only then is it shortened, to a step of half as much again: patches also move in ways that they do not share.
+    """
+    after -= before
+    actual = float(torch.linalg.vector_norm(after)) ** 2
+    overshot = 0 < 2 * believed < actual
+    if overshot:
+        step = BOLDNESS * believed / actual
+        shown.sub_(context).mul_(step).add_(context)
+        after *= step
+    after += before
+    return overshot
+
+
 def _forget(base: Reconstructor) -> None:
     """Priors that keep a state from call to call (TVPrior's dual) start afresh on a new patch."""
     priors = getattr(base, "prior", None) or []
@@ -383,6 +484,11 @@ def _forget(base: Reconstructor) -> None:
 def _at(box: Region) -> Any:
     """The index of a box in (B, C, *spatial)."""
     return (..., *box)
+
+
+def _taken(volume: Tensor, boxes: Sequence[Region]) -> Tensor:
+    """Patches of (B, C, *spatial) as one batch, (n · B, C, *patch)."""
+    return torch.cat([volume[_at(box)] for box in boxes])
 
 
 def _per_axis(value: int | Sequence[int], axes: int, name: str) -> list[int]:

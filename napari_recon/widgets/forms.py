@@ -102,7 +102,8 @@ def make_editor(annotation: Any, field: FieldInfo, choices: Sequence[str] = ()) 
             return _tristate()
         return _optional(make_editor(inner, field, choices))
     if origin is Literal:
-        return _choice([str(a) for a in arguments])
+        editor, meant = _choice([str(a) for a in arguments]), {str(a): a for a in arguments}
+        return Editor(editor.widget, lambda: meant[editor.get()], editor.put, editor.changed)
     if annotation is bool:
         box = QCheckBox()
         return Editor(box, box.isChecked, lambda v: box.setChecked(bool(v)), [box.toggled])
@@ -173,7 +174,20 @@ def _choice(values: Sequence[str], editable: bool = False) -> Editor:
     combo.addItems(list(values))
     combo.setEditable(editable)
     combo.setSizeAdjustPolicy(QComboBox.SizeAdjustPolicy.AdjustToMinimumContentsLengthWithIcon)
-    return Editor(combo, combo.currentText, lambda v: combo.setCurrentText(str(v)), [combo.currentTextChanged])
+
+    def get() -> str:
+        """The text, or what a choice stands for that was added with data of its own."""
+        stands_for = combo.currentData() if combo.currentText() == combo.itemText(combo.currentIndex()) else None
+        return combo.currentText() if stands_for is None else str(stands_for)
+
+    def put(value: object) -> None:
+        place = combo.findData(str(value))
+        if place >= 0:
+            combo.setCurrentIndex(place)
+        else:
+            combo.setCurrentText(str(value))
+
+    return Editor(combo, get, put, [combo.currentTextChanged])
 
 
 def _tristate() -> Editor:

@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from napari.experimental import link_layers
@@ -18,8 +18,9 @@ from napari.layers import Image, Surface
 from napari.utils.colormaps.standardize_color import transform_color
 from numpy.typing import NDArray
 
+from napari_recon.jobs.messages import Region
 from napari_recon.scans.errors import ScanError
-from napari_recon.scans.grid import Box, Grid
+from napari_recon.scans.grid import Grid
 
 if TYPE_CHECKING:
     from napari.layers import Layer
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from napari_recon.scans.geometry import Geometry
     from napari_recon.scans.scan import Scan
 
+Cells = tuple[int, int]
+"""Rows and columns of the canvas in grid mode; (1, 1) is no grid."""
 KEY = "napari_recon"
 """Where a layer's metadata tells how it was made."""
 WORLD = {"axis_labels": ("z", "y", "x"), "units": ("mm", "mm", "mm")}
@@ -47,37 +50,38 @@ def warm_up() -> None:
     import scipy.spatial.transform  # noqa: F401
 
     pint.get_application_registry()("mm")
-    volume_layer("", np.zeros((2, 2, 2), np.float32), 1.0, (0.0, 0.0, 0.0), {})
+    volume_layer("", np.zeros((2, 2, 2), np.float32), (1.0,) * 3, (0.0,) * 3, {})
 
 
 # -- volumes -------------------------------------------------------------------------------------------------------
 
 
 def volume_layer(
-    name: str, array: NDArray[np.float32], voxel_size: float, translate: Sequence[float], metadata: dict[str, Any]
+    name: str, array: NDArray[np.float32], scale: Sequence[float], translate: Sequence[float], metadata: dict[str, Any]
 ) -> Image:
-    """A volume (D, H, W) in 1/mm as a layer in the world's mm; the layer holds the array itself, not a copy."""
+    """A volume (D, H, W), or several in a row, as a layer in the world's mm; it holds the array itself, not a copy."""
     layer = Image(
         array,
         name=name,
-        scale=(voxel_size,) * 3,
+        scale=tuple(scale),
         translate=tuple(translate),
+        axis_labels=("step", "z", "y", "x")[-array.ndim :],
+        units=("mm",) * array.ndim,  # of a step too: layers of several units make napari give up units altogether
         contrast_limits=(0.0, 1.0),  # else napari reads the whole array
         colormap="magma",
         rendering="attenuated_mip",
         attenuation=0.5,
         metadata={KEY: metadata},
-        **WORLD,
     )
     show_name(layer)
     return layer
 
 
-def show_name(layer: Layer) -> None:
-    """Write the layer's name into its corner of the canvas, where this napari can."""
+def show_name(layer: Layer, size: float = 13) -> None:
+    """Write the layer's name into its part of the canvas, where this napari can."""
     with contextlib.suppress(AttributeError, KeyError):
         layer.name_overlay.position = "top_center"
-        layer.name_overlay.font_size = 13
+        layer.name_overlay.font_size = size
         layer.name_overlay.visible = True
 
 
@@ -105,20 +109,42 @@ def link(layers: Sequence[Image]) -> None:
         link_layers(layers, LINKED)
 
 
-def make_room(viewer: Viewer, layers: Sequence[Layer], columns: int, volumetric: bool) -> None:
-    """Show only these of the viewer's layers, and make columns for those to come, in mm.
+class Arrangement:
+    """What a viewer shows and how, to come back to: layers, grid, and camera."""
 
-    Done before the volumes are added: every layer that is shown makes napari build the whole grid again.
+    def __init__(self, viewer: Viewer) -> None:
+        grid, camera = viewer.canvas.grid, viewer.scene.camera
+        self.layers = [layer for layer in viewer.layers if layer.visible]
+        self.grid = grid.enabled, grid.shape, grid.stride
+        self.ndisplay = viewer.dims.ndisplay
+        self.camera = camera.center, camera.zoom, camera.angles
+
+    def restore(self, viewer: Viewer) -> None:
+        """Show it again: the layers that are still there, and nothing less than is shown now."""
+        for layer in self.layers:
+            if layer in viewer.layers:
+                layer.visible = True
+        grid, camera = viewer.canvas.grid, viewer.scene.camera
+        grid.enabled, grid.shape, grid.stride = self.grid
+        viewer.dims.ndisplay = self.ndisplay
+        camera.center, camera.zoom, camera.angles = self.camera
+
+
+def make_room(viewer: Viewer, layers: Sequence[Layer], cells: Cells, ndisplay: Literal[2, 3] | None = None) -> None:
+    """Show only these of the viewer's layers, and make rows and columns for them and those to come, in mm.
+
+    Done before volumes are added: every layer that is shown makes napari build the whole grid again.
     """
     for other in viewer.layers:
         other.visible = other in layers
     grid = viewer.canvas.grid
-    if columns > 1 and (not grid.enabled or grid.shape != (1, columns) or grid.stride != 1):
-        grid.stride, grid.shape = 1, (1, columns)
-    grid.enabled = columns > 1
+    if cells != (1, 1) and (not grid.enabled or grid.shape != cells or grid.stride != 1):
+        grid.stride, grid.shape = 1, cells
+    grid.enabled = cells != (1, 1)
     viewer.canvas.overlays.scale_bar.gridded = False
     viewer.canvas.overlays.scale_bar.visible = True
-    viewer.dims.ndisplay = 3 if volumetric else 2
+    if ndisplay is not None:
+        viewer.dims.ndisplay = ndisplay
 
 
 def cut_open(layer: Image, cut: bool = True) -> None:
@@ -129,15 +155,15 @@ def cut_open(layer: Image, cut: bool = True) -> None:
     layer.experimental_clipping_planes = [plane] if cut else []
 
 
-def look_at(viewer: Viewer, layers: Sequence[Layer], columns: int = 1, fill: float = 0.96) -> None:
-    """Fill the canvas, or one of some columns of it, with layers; above 1 their corners are cut off.
+def look_at(viewer: Viewer, layers: Sequence[Layer], cells: Cells = (1, 1), fill: float = 0.96) -> None:
+    """Fill the canvas, or one of its rows and columns, with layers; above 1 their corners are cut off.
 
     In 3D from the front, a little from above and from the side, with the rotation axis upright; in 2D at the middle
     slice.
     """
     camera = viewer.scene.camera
-    extent = np.array([layer.extent.world for layer in layers])
-    low, high = extent[:, 0].min(0)[-3:], extent[:, 1].max(0)[-3:]
+    extent = np.array([layer.extent.world[:, -3:] for layer in layers])
+    low, high = extent[:, 0].min(0), extent[:, 1].max(0)
     camera.center = tuple((low + high) / 2)
     if viewer.dims.ndisplay == 3:
         camera.perspective = 0.0
@@ -146,12 +172,19 @@ def look_at(viewer: Viewer, layers: Sequence[Layer], columns: int = 1, fill: flo
         up = np.array(camera.up_direction)
         across = np.stack([up, np.cross(along, up)])
     else:
-        viewer.dims.point = tuple((low + high) / 2)
-        across = np.eye(3)[list(viewer.dims.displayed)]
+        more = viewer.dims.ndim - 3
+        viewer.dims.set_point(range(more, more + 3), (low + high) / 2)
+        across = np.eye(3)[[max(axis - more, 0) for axis in viewer.dims.displayed]]
     # napari's own fit takes the box's diagonal for every direction, and so leaves much of the canvas empty.
     height, width = np.maximum(np.abs(across) @ (high - low), 1e-9).tolist()
-    rows, pixels = viewer.canvas.size
-    camera.zoom = fill * min(rows / height, pixels / columns / width)
+    rows, columns = viewer.canvas.size
+    camera.zoom = fill * min(rows / cells[0] / height, columns / cells[1] / width)
+
+
+def displayed_axes(viewer: Viewer, layer: Layer) -> list[int]:
+    """The axes of a layer that are displayed; a viewer has as many axes as its layer with the most, to the front."""
+    more = viewer.dims.ndim - layer.ndim
+    return [axis - more for axis in viewer.dims.displayed if axis >= more]
 
 
 # -- updates, box by box -------------------------------------------------------------------------------------------
@@ -170,7 +203,7 @@ class LiveVolume:
 
     def __init__(self, viewer: Viewer, layer: Image) -> None:
         self.viewer, self.layer = viewer, layer
-        self.pending: list[Box] = []
+        self.pending: list[Region] = []
         self._drawn = True
         self._not_before = 0.0
         self._canvas = _scene_canvas(viewer)
@@ -193,7 +226,7 @@ class LiveVolume:
         """
         self._not_before = time.perf_counter() + min(4.0, 3 * late)
 
-    def changed(self, box: Box) -> None:
+    def changed(self, box: Region) -> None:
         """Note that the data in ``box`` are new."""
         self.pending = merge_boxes([*self.pending, box])
 
@@ -219,10 +252,10 @@ class LiveVolume:
             self._drawn = False
         return uploaded
 
-    def _refresh_slice(self, boxes: Sequence[Box]) -> bool:
-        shown = set(self.viewer.dims.displayed)
+    def _refresh_slice(self, boxes: Sequence[Region]) -> bool:
+        shown = displayed_axes(self.viewer, self.layer)
         point = self.layer.world_to_data(self.viewer.dims.point)
-        hidden = [axis for axis in range(3) if axis not in shown]
+        hidden = [axis for axis in range(self.layer.ndim) if axis not in shown]
         touched = any(all(box[a].start <= round(point[a]) < box[a].stop for a in hidden) for box in boxes)
         if touched:
             self.layer.refresh(thumbnail=False, extent=False, highlight=False)
@@ -236,15 +269,15 @@ class LiveVolume:
         self.pending = []
 
 
-def merge_boxes(boxes: Sequence[Box]) -> list[Box]:
+def merge_boxes(boxes: Sequence[Region]) -> list[Region]:
     """Fewer boxes that cover the same voxels: two become their hull where that uploads no more than both would."""
-    merged: list[Box] = []
+    merged: list[Region] = []
     for box in boxes:
         while True:
             for i, other in enumerate(merged):
                 hull = tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(box, other, strict=True))
                 if _voxels(hull) <= _voxels(box) + _voxels(other):
-                    box = (hull[0], hull[1], hull[2])
+                    box = hull
                     del merged[i]
                     break
             else:
@@ -257,7 +290,7 @@ def _voxels(box: Sequence[slice]) -> int:
     return math.prod(s.stop - s.start for s in box)
 
 
-def upload_boxes(viewer: Viewer, layer: Image, boxes: Sequence[Box]) -> bool:
+def upload_boxes(viewer: Viewer, layer: Image, boxes: Sequence[Region]) -> bool:
     """Bring boxes of a layer's data into its 3D texture.
 
     This is the one function that knows napari's and vispy's insides. Everything it relies on is checked; where
@@ -270,7 +303,7 @@ def upload_boxes(viewer: Viewer, layer: Image, boxes: Sequence[Box]) -> bool:
         texture = node._texture
         usable = (
             viewer.dims.ndisplay == 3
-            and tuple(viewer.dims.displayed) == (0, 1, 2)
+            and displayed_axes(viewer, layer) == [0, 1, 2]
             and layer.data.dtype == np.float32
             and tuple(node._vol_shape) == layer.data.shape
             and tuple(texture.shape[:3]) == layer.data.shape
@@ -305,7 +338,7 @@ class PatchOutline:
 
     def __init__(self, viewer: Viewer, layer: Image, color: str = "#ffb000") -> None:
         self.viewer, self.layer = viewer, layer
-        self.box: Box | None = None
+        self.box: Region | None = None
         self._line: Any = None
         try:
             from vispy.scene.visuals import Line
@@ -328,7 +361,7 @@ class PatchOutline:
         """Whether the outline is drawn now."""
         return self._line is not None and bool(self._line.visible)
 
-    def show(self, box: Box | None) -> None:
+    def show(self, box: Region | None) -> None:
         """Draw a box, or none."""
         if box != self.box:
             self.box = box
@@ -353,7 +386,7 @@ class PatchOutline:
         """Vertices of the edges, two an edge, in the node's coordinates: x, y(, z) of displayed axes, in voxels."""
         if self.box is None:
             return None
-        displayed = list(self.viewer.dims.displayed)
+        displayed = displayed_axes(self.viewer, self.layer)
         point = self.layer.world_to_data(self.viewer.dims.point)
         for axis in range(3):
             if axis not in displayed and not self.box[axis].start <= round(point[axis]) < self.box[axis].stop:
@@ -387,7 +420,7 @@ def where_the_person_looks(viewer: Viewer, layer: Image) -> tuple[float, float, 
     """
     if layer.ndim != 3:
         return None
-    displayed = list(viewer.dims.displayed)
+    displayed = displayed_axes(viewer, layer)
     over = viewer.mouse_over_canvas
     point = np.array(viewer.dims.point, dtype=float)[-3:]
     where = np.array(viewer.cursor.position if over else viewer.scene.camera.center, dtype=float)[-3:]

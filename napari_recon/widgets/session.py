@@ -7,17 +7,22 @@ a job runs. The session ends with its viewer, and the process with the session.
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+from napari.layers import Image
 from napari.qt.threading import create_worker
 from napari.utils.notifications import show_error, show_info, show_warning
 from pydantic import ValidationError
 from qtpy.QtCore import QEvent, QObject, QTimer, Signal
 
-from napari_recon.jobs.job import ReconstructionJob
+from napari_recon.jobs.job import Job, OperatorJob, PatchJob, ReconstructionJob
 from napari_recon.jobs.messages import (
     Cancelled,
     Failed,
@@ -28,13 +33,15 @@ from napari_recon.jobs.messages import (
     Stage,
     VolumeReady,
 )
+from napari_recon.jobs.volumes import partial_path
 from napari_recon.scans.errors import ScanError
 from napari_recon.scans.scan import Scan, ScanOptions, open_scan
 from napari_recon.widgets import layers as shown
+from napari_recon.widgets.displays import Display, ReconstructionDisplay, told_by
+from napari_recon.widgets.operator_displays import OperatorDisplay, PatchDisplay, write_layer
 
 if TYPE_CHECKING:
-    import numpy as np
-    from napari.layers import Image, Layer
+    from napari.layers import Layer
     from napari.viewer import Viewer
     from numpy.typing import NDArray
 
@@ -44,11 +51,14 @@ POLL = 30
 """Milliseconds between two looks at what the process has to say."""
 FOCUS_EVERY = 0.25
 """Seconds between two looks at where the person looks."""
-THIN = 8
-"""Slices below which a volume is shown in 2D whatever was asked for."""
 LATE = 0.02
 """Seconds by which a look comes late when the event loop was busy drawing."""
-METHOD_NAMES = {"fdk": "FDK", "sirt": "SIRT", "tv": "TV", "padmm": "PADMM", "unrolled": "Unrolled"}
+DISPLAYS: dict[type[Job], type[Display]] = {
+    ReconstructionJob: ReconstructionDisplay,
+    OperatorJob: OperatorDisplay,
+    PatchJob: PatchDisplay,
+}
+"""What shows the volumes of which job."""
 
 _sessions: dict[int, Session] = {}
 
@@ -57,7 +67,7 @@ class WorkerLike(Protocol):
     """What a session needs of :class:`napari_recon.jobs.worker.Worker`."""
 
     def start(self) -> None: ...
-    def submit(self, job: ReconstructionJob) -> None: ...
+    def submit(self, job: Job) -> None: ...
     def poll(self) -> list[Message]: ...
     def pause(self) -> None: ...
     def resume(self) -> None: ...
@@ -96,6 +106,14 @@ class Session(QObject):
         Its last Progress.
     curve
         Its figures over its steps: name -> list of (step, value).
+    operator
+        The normal operator that was fitted or loaded last, or is now, with its layers.
+    patch
+        The what-if on a patch that ran last, or runs now, with its layers.
+    place_moved
+        Whether the person chose another place since the last what-if.
+    operator_file
+        The operator that reconstructions are to use, or None: see :meth:`use_operator`.
     """
 
     scan_changed = Signal()
@@ -105,6 +123,10 @@ class Session(QObject):
     stage_changed = Signal(str)
     progressed = Signal()
     finished = Signal(object)
+    operator_changed = Signal()
+    operator_file_changed = Signal()
+    place_changed = Signal()
+    step_shown = Signal(int)
 
     @classmethod
     def of(cls, viewer: Viewer) -> Session:
@@ -122,32 +144,38 @@ class Session(QObject):
         self.checks: list[str] | None = None
         self.state = "idle"
         self.stage = ""
-        self.job: ReconstructionJob | None = None
+        self.job: Job | None = None
         self.progress: Progress | None = None
         self.curve: dict[str, list[tuple[int, float]]] = {}
         self.view = "cut"
         self.worker = make_worker()
         self._tasks: dict[str, int] = {}
         self._told: set[str] = set()
-        self._live: dict[str, shown.LiveVolume] = {}
-        self._outline: shown.PatchOutline | None = None
-        self._added: list[Layer] = []
-        self._hidden: list[Layer] = []
-        self._frame: tuple[Any, ...] = ()
+        self.display: Display | None = None
+        self.operator: OperatorDisplay | None = None
+        self.patch: PatchDisplay | None = None
+        self.operator_file: str | None = None
+        self._former: Display | None = None
+        self._handed_over: Path | None = None
+        self._place: tuple[float, float, float] | None = None
+        self.place_moved = False
         self._focus: tuple[float, float, float] | None = None
         self._focus_asked = 0.0
         self._polled = 0.0
+        self._warm = False
         self._closed = False
         self._timer = QTimer(self)
         self._timer.setInterval(POLL)
         self._timer.timeout.connect(self._poll)
         viewer.layers.events.inserted.connect(self._on_layer_inserted)
         viewer.layers.events.removed.connect(self._on_layer_removed)
+        viewer.dims.events.point.connect(self._on_point)
+        viewer.mouse_drag_callbacks.append(self._on_press)
         self._window, self._canvas = viewer.window._qt_window, viewer.window._qt_viewer
         self._window.installEventFilter(self)
         self._canvas.installEventFilter(self)
         self._in_thread("worker", self.worker.start, lambda _: None)
-        self._in_thread("warm-up", shown.warm_up, lambda _: None)
+        self._in_thread("warm-up", shown.warm_up, self._warmed_up, self._warmed_up)
         for layer in reversed(viewer.layers):
             if self._adopt(layer):
                 break
@@ -188,11 +216,16 @@ class Session(QObject):
         for watched in (self._window, self._canvas):
             with contextlib.suppress(RuntimeError):  # deleted
                 watched.removeEventFilter(self)
-        self._let_go_of_layers()
+        for display in (self.display, self.operator, self.patch):
+            if display is not None:
+                display.close()
         self.viewer.layers.events.inserted.disconnect(self._on_layer_inserted)
         self.viewer.layers.events.removed.disconnect(self._on_layer_removed)
+        self.viewer.dims.events.point.disconnect(self._on_point)
+        self.viewer.mouse_drag_callbacks.remove(self._on_press)
         self.worker.close()
-        self._added, self._hidden = [], []
+        self._forget_handed_over()
+        self.display = self.operator = self.patch = self._former = None
         del self.viewer, self._window, self._canvas
 
     # -- work off the event loop -----------------------------------------------------------------------------------
@@ -277,6 +310,7 @@ class Session(QObject):
     def _set_scan(self, scan: Scan, summary: dict[str, str]) -> None:
         self.scan, self.summary, self.checks = scan, summary, None
         self._told = set()
+        self._forget_operator_file()
         self.scan_changed.emit()
         self.checks_changed.emit()
         self._in_thread("checks", scan.checks, self._checked, lambda error: self._checked([str(error)]))
@@ -297,8 +331,6 @@ class Session(QObject):
             return
 
         def done(result: tuple[Any, dict[str, Any]]) -> None:
-            from napari.layers import Image
-
             array, arguments = result
             arguments["metadata"][shown.KEY]["shows"] = "projections"
             self._replace("projections", [Image(array, **arguments)])
@@ -313,7 +345,7 @@ class Session(QObject):
         self._replace("geometry", layers)
 
     def _scan_layers(self, what: str) -> list[Layer]:
-        return [x for x in self.viewer.layers if _told_by(x).get("shows") == what]
+        return [x for x in self.viewer.layers if told_by(x).get("shows") == what]
 
     def _replace(self, what: str, layers: list[Any]) -> None:
         """Put layers in the place of those that showed the same of the scan before."""
@@ -324,12 +356,13 @@ class Session(QObject):
         if new and self.state == "idle":
             self.viewer.canvas.grid.enabled = False
             for other in self.viewer.layers:
-                other.visible = what == "geometry" and _told_by(other).get("shows") == "volume"
+                other.visible = what == "geometry" and told_by(other).get("shows") == "volume"
         for layer in layers:
             self.viewer.add_layer(layer)
         if new and self.state == "idle":
             self.viewer.dims.ndisplay = 3 if what == "geometry" else 2
-            self._frame = ()
+            if self.display is not None:
+                self.display.frame = ()
             if what == "geometry":
                 shown.look_at(self.viewer, layers)
             else:
@@ -340,7 +373,7 @@ class Session(QObject):
 
     def _adopt(self, layer: Layer) -> bool:
         """Make the scan of a projections layer (a sample, a file that was dropped on the viewer) the session's."""
-        told = _told_by(layer)
+        told = told_by(layer)
         if "scan" not in told or told.get("shows", "projections") != "projections":
             return False
         if "shows" not in told:
@@ -360,32 +393,77 @@ class Session(QObject):
         """As :meth:`_set_scan`, where the projections are shown already."""
         self.scan, self.summary, self.checks = scan, summary, None
         self._told = set()
+        self._forget_operator_file()
         self.scan_changed.emit()
         self.checks_changed.emit()
         self._in_thread("checks", scan.checks, self._checked, lambda error: self._checked([str(error)]))
 
     # -- the job ---------------------------------------------------------------------------------------------------
 
-    def plan(
-        self, job: ReconstructionJob, done: Callable[[MemoryPlan], None], failed: Callable[[Exception], None]
-    ) -> None:
+    def plan(self, job: Job, done: Callable[[MemoryPlan], None], failed: Callable[[Exception], None]) -> None:
         """Plan a job's memory in a thread."""
         from napari_recon.jobs.memory import plan_memory
 
         scan = self.scan if self.scan is not None and self.scan.options == job.options else None
-        self._in_thread("plan", lambda: plan_memory(job, scan), done, failed)
+        self._in_thread("plan " + type(job).__name__, lambda: plan_memory(job, scan), done, failed)
 
-    def run(self, job: ReconstructionJob) -> None:
-        """Run a job; its volumes become layers as they come."""
+    def run(self, job: Job, x: Image | None = None) -> None:
+        """Run a job; its volumes become layers as they come.
+
+        Parameters
+        ----------
+        job
+            The job.
+        x
+            A layer that an :class:`OperatorJob` is to judge the operator on: it is handed over as a file.
+        """
         if self.state != "idle":
-            show_warning("A reconstruction runs already: press Finish or Cancel first.")
+            show_warning("A job runs already: press Finish or Cancel first.")
             return
-        self._let_go_of_layers()
+        frame = self.display.frame if isinstance(self.display, DISPLAYS[type(job)]) else ()
+        self.display = DISPLAYS[type(job)](self.viewer, job, self.view, frame)
         self.job, self.progress, self.curve = job, None, {}
         self._focus, self._focus_asked = None, 0.0
+        if isinstance(self.display, OperatorDisplay):
+            self._former, self.operator = self.operator, self.display
+            self.display.x = None if x is None else x.name
+        elif isinstance(self.display, PatchDisplay):
+            self._former, self.patch = self.patch, self.display
+            self.place_moved = False
         self._set_state("running")
         self._set_stage("starting")
+        if x is None or not isinstance(job, OperatorJob):
+            self._submit(job)
+        else:
+            self._hand_over(job, x)
+
+    def _hand_over(self, job: OperatorJob, x: Image) -> None:
+        """Write a layer where the process can read it, then submit the job."""
+        folder = Path(tempfile.mkdtemp(prefix="napari-recon-"))
+        self._handed_over, path = folder, folder / "x.tif"
+        self._set_stage(f"handing {x.name} over")
+
+        def done(_: object) -> None:
+            if self.state == "cancelling":
+                self._end(Cancelled())
+            else:
+                self._submit(job.model_copy(update={"volume": path}))
+
+        def failed(error: Exception) -> None:
+            text = str(error) if isinstance(error, ScanError) else f"The layer could not be handed over: {error}."
+            self._end(Failed("input", text))
+
+        self._in_thread("hand over", lambda: write_layer(x, path), done, failed)
+
+    def _forget_handed_over(self) -> None:
+        if self._handed_over is not None:
+            shutil.rmtree(self._handed_over, ignore_errors=True)
+            self._handed_over = None
+
+    def _submit(self, job: Job) -> None:
         self.worker.submit(job)
+        if self.state == "finishing":  # pressed while the layer was handed over
+            self.worker.finish()
         self._polled = time.perf_counter()
         self._timer.start()
 
@@ -421,24 +499,29 @@ class Session(QObject):
         self.stage = stage
         self.stage_changed.emit(stage)
 
+    def _warmed_up(self, _: object) -> None:
+        self._warm = True
+
     def _poll(self) -> None:
         """Take what the process has to say, then bring the changed boxes onto the screen."""
+        if not self._warm:  # a layer made while another thread still reads pint's units would not find them
+            return
         now = time.perf_counter()
         late, self._polled = now - self._polled - POLL / 1000, now
+        display = self.display
+        assert display is not None
         if late > LATE:
-            for live in self._live.values():
-                live.rest(late)
+            display.rest(late)
         latest: Progress | None = None
         for message in self.worker.poll():
             match message:
                 case Progress():
                     latest = message
-                    if message.name in self._live:
-                        self._live[message.name].changed(message.box)
+                    display.progressed(message)
                     for name, value in message.figures.items():
                         self.curve.setdefault(name, []).append((message.step, value))
                 case VolumeReady():
-                    self._add_volume(message)
+                    self._add_volume(display, message)
                 case Stage():
                     self._set_stage(message.name + (f": {message.detail}" if message.detail else ""))
                 case Notice():
@@ -451,145 +534,151 @@ class Session(QObject):
             self.progress = latest
             self.progressed.emit()
         if self.state != "idle":
-            self._show_changes()
+            display.draw(self.progress)
             self._look_where_the_person_looks()
-
-    def _show_changes(self) -> None:
-        """Bring changed boxes and the outline onto the screen, unless drawing the last ones still goes on."""
-        live = self._live.get("result")
-        if self._outline is not None and live is not None and live.may_draw and self.progress is not None:
-            self._outline.show(self.progress.next_box if self.progress.name == "result" else None)
-        for live in self._live.values():
-            live.flush()
 
     def _look_where_the_person_looks(self) -> None:
         now = time.perf_counter()
-        if "result" not in self._live or now - self._focus_asked < FOCUS_EVERY:
+        watched = self.display.watched if self.display is not None else None
+        if watched is None or now - self._focus_asked < FOCUS_EVERY:
             return
         self._focus_asked = now
-        focus = shown.where_the_person_looks(self.viewer, self._live["result"].layer)
+        focus = shown.where_the_person_looks(self.viewer, watched)
         if focus is not None and (
             self._focus is None or max(abs(a - b) for a, b in zip(focus, self._focus, strict=True)) >= 1
         ):
             self._focus = focus
             self.worker.focus(focus)
 
-    def _add_volume(self, message: VolumeReady) -> None:
-        assert self.job is not None
-        array = self.worker.volume(message.name)
-        columns = 1 if self.job.parameters.method == "fdk" else 2
-        layer = self._same_fdk(array) if message.name == "fdk" else None
-        if message.name == "fdk":
-            self._hidden = [x for x in self.viewer.layers if x.visible and x is not layer]
-            volumetric = self.view != "slices" and min(array.shape) >= THIN
-            shown.make_room(self.viewer, [layer] if layer else [], columns, volumetric)
-        told = {"shows": "volume", "job": self.job.model_dump(mode="json"), "volume": message.name}
-        if layer is not None:
-            layer.metadata[shown.KEY] = told
-            shown.cut_open(layer, self.view == "cut")
-        else:
-            name = "FDK" if message.name == "fdk" else method_name(self.job)
-            layer = shown.volume_layer(name, array, message.voxel_size, message.translate, told)
-            self._colour(layer)
-            shown.cut_open(layer, self.view == "cut")
-            self.viewer.add_layer(layer)
-            self._added.append(layer)
-        self._live[message.name] = shown.LiveVolume(self.viewer, layer)
-        shown.link([live.layer for live in self._live.values()])
-        frame = (message.shape, message.voxel_size, message.translate, self.view, columns)
-        if frame != self._frame:  # else the camera stays where the person has put it
-            self._frame = frame
-            # What lies in the corners of a volume is outside the field of view.
-            shown.look_at(self.viewer, [layer], columns, fill=1.15 if self.viewer.dims.ndisplay == 3 else 0.96)
-        if message.name == "result":
-            self._outline = shown.PatchOutline(self.viewer, layer)
-
-    def _same_fdk(self, array: NDArray[np.float32]) -> Image | None:
-        """The FDK layer of an earlier run, where it shows the same: it is kept rather than built again."""
-        assert self.job is not None
-        mine = _fdk_identity(self.job.model_dump(mode="json"))
-        for layer in self.viewer.layers:
-            told = _told_by(layer)
-            if told.get("volume") == "fdk" and _fdk_identity(told["job"]) == mine:
-                few = (slice(None, None, 7),) * 3  # the file may have changed; a sample tells
-                if layer.data.shape == array.shape and (layer.data[few] == array[few]).all():
-                    return layer
-        return None
-
-    def _colour(self, layer: Image) -> None:
-        """The contrast and colours of this run's FDK; FDK's own are set from its values, once."""
-        first = self._live.get("fdk")
-        if first is not None:
-            for name in shown.LINKED:
-                setattr(layer, name, getattr(first.layer, name))
-        elif (limits := shown.contrast_limits(layer.data)) is not None:
-            layer.contrast_limits_range = (min(0.0, limits[0]), 2 * limits[1])
-            layer.contrast_limits = limits
+    def _add_volume(self, display: Display, message: VolumeReady) -> None:
+        if isinstance(display, PatchDisplay) and isinstance(self._former, PatchDisplay):
+            self._former.remove()  # two what-ifs beside each other would share the steps' axis
+            self._former = None
+        display.show(message, self.worker.volume(message.name))
+        if display is self.operator:
+            self.operator_changed.emit()
 
     def _end(self, message: Finished | Cancelled | Failed) -> None:
         self._timer.stop()
-        layers = {name: live.layer for name, live in self._live.items()}
-        for live in self._live.values():
-            live.flush(force=True)
-        self._let_go_of_layers()
-        if isinstance(message, Cancelled):
-            for added in self._added:
-                if added in self.viewer.layers:
-                    self.viewer.layers.remove(added)
-            for hidden in self._hidden:
-                if hidden in self.viewer.layers:
-                    hidden.visible = True
-            self.viewer.canvas.grid.enabled = False
-            self._frame = ()
-            self._set_stage("cancelled")
+        self._forget_handed_over()
+        display, former = self.display, self._former
+        assert display is not None
+        self._former = None
+        if isinstance(message, Cancelled) or (isinstance(message, Failed) and not display.layers):
+            display.undo()
+            if display is self.operator:
+                self.operator = former if isinstance(former, OperatorDisplay) else None
+            elif display is self.patch:
+                self.patch = former if isinstance(former, PatchDisplay) else None
         else:
-            for layer in layers.values():
-                # The one full look at the data: the thumbnail was left alone while the data changed.
-                layer.refresh(data_displayed=False, highlight=False, extent=False)
-        if isinstance(message, Finished):
-            for layer in layers.values():
-                layer.metadata[shown.KEY] |= {"provenance": message.provenance, "figures": message.figures}
+            display.end(message)
+            if former is not None:
+                former.remove()
+        if isinstance(message, Cancelled):
+            self._set_stage("cancelled")
+        elif isinstance(message, Finished):
             self._set_stage("done" if message.complete else "finished early")
-            if message.output:
+            if message.output and isinstance(self.job, ReconstructionJob):
                 show_info(f"The volume was written to {message.output}.")
-        elif isinstance(message, Failed):
+        else:
             self._set_stage("failed")
             show_error(message.text)
-        self._added, self._hidden = [], []
         self._set_state("idle")
         self.finished.emit(message)
-
-    def _let_go_of_layers(self) -> None:
-        if self._outline is not None:
-            self._outline.close()
-            self._outline = None
-        for live in self._live.values():
-            live.close()
-        self._live = {}
+        self.operator_changed.emit()
 
     def _on_layer_removed(self, event: Any) -> None:
         """A layer that the person deletes is only no longer shown; the job goes on."""
-        for name, live in list(self._live.items()):
-            if live.layer is event.value:
-                live.close()
-                del self._live[name]
-                if name == "result" and self._outline is not None:
-                    self._outline.close()
-                    self._outline = None
+        for display in (self.display, self.operator, self.patch):
+            if display is not None:
+                display.forget(event.value)
 
+    # -- the normal operator ---------------------------------------------------------------------------------------
 
-def method_name(job: ReconstructionJob) -> str:
-    """A job's method as a layer's name."""
-    name = METHOD_NAMES.get(job.parameters.method, job.parameters.method.upper())
-    return f"Partitioned {name}" if getattr(job.parameters, "patch", None) else name
+    def use_operator(self) -> None:
+        """Let reconstructions use the operator that was fitted or loaded last."""
+        if self.operator is not None and self.operator.file is not None:
+            self.operator_file = self.operator.file
+            self.operator_file_changed.emit()
 
+    def _forget_operator_file(self) -> None:
+        """Another scan is open: the operator was made for the last."""
+        if self.operator_file is not None:
+            self.operator_file = None
+            self.operator_file_changed.emit()
 
-def _told_by(layer: Layer) -> dict[str, Any]:
-    told = layer.metadata.get(shown.KEY)
-    return told if isinstance(told, dict) else {}
+    def save_operator(self, path: Path) -> None:
+        """Copy the operator's file, in a thread."""
+        assert self.operator is not None
+        assert self.operator.file is not None
+        file = Path(self.operator.file)
 
+        def work() -> None:
+            partial = partial_path(path)
+            try:
+                shutil.copyfile(file, partial)
+                os.replace(partial, path)
+            except OSError as error:
+                reason = error.strerror or str(error)
+                raise ScanError(f"Could not write {path} ({reason}): free some space or choose another.") from error
+            finally:
+                partial.unlink(missing_ok=True)
 
-def _fdk_identity(job: dict[str, Any]) -> tuple[Any, ...]:
-    parameters = job["parameters"]
-    window = parameters.get("window", "ram-lak") if parameters["method"] == "fdk" else "ram-lak"
-    return job["scan"], str(job["options"]), str(job["shape"]), job["voxel_size"], window
+        self._in_thread("save", work, lambda _: show_info(f"The operator was written to {path}."))
+
+    def save_figure(self, path: Path) -> None:
+        """Draw the paper's figure into a PNG file, in a thread."""
+        operator = self.operator
+        assert operator is not None
+        volumes, figures = dict(operator.volumes), dict(operator.figures)
+        voxel_size, title = operator.ready["x"].scale[0], self.scan.name if self.scan is not None else ""
+
+        def work() -> None:
+            from napari_recon.jobs.figure import operator_figure
+
+            operator_figure(volumes, voxel_size, figures, path, title)
+
+        self._in_thread("figure", work, lambda _: show_info(f"The figure was written to {path}."))
+
+    @property
+    def clicked(self) -> bool:
+        """Whether the person chose the place of the next what-if."""
+        return self._place is not None
+
+    @property
+    def place(self) -> tuple[float, float, float]:
+        """The voxel (z, y, x) of the operator's volume that a what-if is made at.
+
+        Where the person clicked last; else what the view shows the middle of; else the middle of the volume.
+        """
+        assert self.operator is not None
+        ready = self.operator.ready["x"]
+        last = np.array(ready.shape) - 1.0
+        at = last / 2
+        if self._place is not None:
+            at = (np.array(self._place) - ready.translate) / ready.scale
+        elif (layer := self.operator.layers.get("x")) is not None and not self.viewer.mouse_over_canvas:
+            at = np.array(shown.where_the_person_looks(self.viewer, layer) or at)
+        z, y, x = (round(float(v), 2) for v in np.clip(at, 0, last))
+        return z, y, x
+
+    def _on_press(self, viewer: Viewer, event: Any) -> Iterator[None]:
+        """A click (no drag) into a volume is where the next what-if is made."""
+        if event.button != 1 or self.operator is None:
+            return
+        yield
+        if event.type == "mouse_move":
+            return
+        visible = [x for x in self.viewer.layers if isinstance(x, Image) and x.visible and x.ndim == 3]
+        for layer in visible:
+            voxel = shown.where_the_person_looks(self.viewer, layer)
+            if voxel is not None:
+                z, y, x = layer.data_to_world(voxel)
+                self._place, self.place_moved = (float(z), float(y), float(x)), True
+                self.place_changed.emit()
+                return
+
+    def _on_point(self, event: object = None) -> None:
+        """The slider of the steps was moved, here or in the viewer."""
+        if self.patch is not None and self.patch.layers:
+            self.step_shown.emit(self.patch.step)

@@ -1,0 +1,236 @@
+"""How the volumes of a job stand in the viewer: as which layers, beside which others, seen from where.
+
+A session makes a display for every job it runs and hands it what the job says. When the job ends, the display lets go
+of its layers, which stay; those of a normal operator and of a what-if can be arranged again later.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from napari_recon.jobs.job import Job, ReconstructionJob
+from napari_recon.jobs.messages import Failed, Finished, Progress, VolumeReady
+from napari_recon.widgets import layers as shown
+
+if TYPE_CHECKING:
+    import numpy as np
+    from napari.layers import Image, Layer
+    from napari.viewer import Viewer
+    from numpy.typing import NDArray
+
+THIN = 8
+"""Slices below which a volume is shown in 2D whatever was asked for."""
+METHOD_NAMES = {"fdk": "FDK", "sirt": "SIRT", "tv": "TV", "padmm": "PADMM", "unrolled": "Unrolled"}
+
+
+class Display:
+    """The layers of one job, live while it runs.
+
+    Attributes
+    ----------
+    job
+        The job.
+    live
+        The volumes that may still change, by the job's name for them.
+    layers
+        All layers made for the job, by the same names, and some more of the display's own.
+    frame
+        What the camera was set for; the next display leaves the camera where the person put it if it is the same.
+    """
+
+    def __init__(self, viewer: Viewer, job: Job, view: str, frame: tuple[Any, ...] = ()) -> None:
+        self.viewer, self.job, self.view, self.frame = viewer, job, view, frame
+        self.live: dict[str, shown.LiveVolume] = {}
+        self.layers: dict[str, Image | Layer] = {}
+        self._before: shown.Arrangement | None = None
+        self._added: list[Layer] = []
+
+    # -- while the job runs ----------------------------------------------------------------------------------------
+
+    def show(self, message: VolumeReady, array: NDArray[np.float32]) -> None:
+        """Make a layer of a volume that came; subclasses say how."""
+        raise NotImplementedError
+
+    def progressed(self, message: Progress) -> None:
+        """Note which part of which volume is new."""
+        if message.name in self.live:
+            self.live[message.name].changed(message.box)
+
+    def draw(self, progress: Progress | None) -> None:
+        """Bring what is new onto the screen, unless drawing the last still goes on."""
+        for live in self.live.values():
+            live.flush()
+
+    def rest(self, late: float) -> None:
+        """Leave the event loop alone for a while: it was ``late`` by so many seconds."""
+        for live in self.live.values():
+            live.rest(late)
+
+    @property
+    def watched(self) -> Image | None:
+        """The layer whose patches are computed where the person looks, if there is one."""
+        return None
+
+    def forget(self, layer: Layer) -> None:
+        """A layer was deleted by the person: it is only no longer shown."""
+        for name, live in list(self.live.items()):
+            if live.layer is layer:
+                live.close()
+                del self.live[name]
+        self.layers = {name: mine for name, mine in self.layers.items() if mine is not layer}
+
+    # -- when it ends ----------------------------------------------------------------------------------------------
+
+    def end(self, message: Finished | Failed) -> None:
+        """The job ended: show all of it, and let the layers tell how they were made."""
+        for live in self.live.values():
+            live.flush(force=True)
+            # The one full look at the data: the thumbnail was left alone while the data changed.
+            live.layer.refresh(data_displayed=False, highlight=False, extent=False)
+            if isinstance(message, Finished):
+                live.layer.metadata[shown.KEY] |= {"provenance": message.provenance, "figures": message.figures}
+        self.close()
+
+    def undo(self) -> None:
+        """The job was cancelled: its layers go, and what was shown before is shown again."""
+        self.close()
+        self.remove(self._added)
+        if self._before is not None:
+            self._before.restore(self.viewer)
+        self.frame = ()
+
+    def remove(self, layers: list[Layer] | None = None) -> None:
+        """Delete layers; all of the display's own by default."""
+        for layer in list(self.layers.values()) if layers is None else layers:
+            if layer in self.viewer.layers:
+                self.viewer.layers.remove(layer)
+
+    def close(self) -> None:
+        """Let go of the layers; they stay."""
+        for live in self.live.values():
+            live.close()
+        self.live = {}
+
+    # -- what subclasses are made of -------------------------------------------------------------------------------
+
+    def _begin(self, keep: list[Layer], cells: shown.Cells, ndisplay: Literal[2, 3] | None) -> None:
+        """Remember what the viewer shows, then make room."""
+        if self._before is None:
+            self._before = shown.Arrangement(self.viewer)
+        shown.make_room(self.viewer, keep, cells, ndisplay)
+
+    def _add(self, name: str, layer: Layer, before: Layer | None = None) -> None:
+        """Add a layer under the job's name for it; below another in the list, which is before it in a grid."""
+        layers = self.viewer.layers
+        layers.insert(layers.index(before) if before is not None else len(layers), layer)
+        self.layers[name] = layer
+        self._added.append(layer)
+
+    def _told(self, name: str, shows: str) -> dict[str, Any]:
+        """What a layer's metadata tells from the start."""
+        return {"shows": shows, "job": self.job.model_dump(mode="json"), "volume": name}
+
+
+class ReconstructionDisplay(Display):
+    """FDK and the result, side by side, and an outline around the patch that is worked on."""
+
+    job: ReconstructionJob
+
+    def __init__(self, viewer: Viewer, job: ReconstructionJob, view: str, frame: tuple[Any, ...] = ()) -> None:
+        super().__init__(viewer, job, view, frame)
+        self.outline: shown.PatchOutline | None = None
+
+    @property
+    def watched(self) -> Image | None:
+        """The result."""
+        return self.live["result"].layer if "result" in self.live else None
+
+    def show(self, message: VolumeReady, array: NDArray[np.float32]) -> None:
+        """FDK is kept from an earlier run where it is the same; the result takes over its colours."""
+        cells = (1, 1) if self.job.parameters.method == "fdk" else (1, 2)
+        layer = self._same_fdk(array) if message.name == "fdk" else None
+        if message.name == "fdk":
+            volumetric = self.view != "slices" and min(array.shape) >= THIN
+            self._begin([layer] if layer else [], cells, 3 if volumetric else 2)
+        told = self._told(message.name, "volume")
+        if layer is not None:
+            layer.metadata[shown.KEY] = told
+            shown.cut_open(layer, self.view == "cut")
+            self.layers[message.name] = layer
+        else:
+            name = "FDK" if message.name == "fdk" else method_name(self.job)
+            layer = shown.volume_layer(name, array, message.scale, message.translate, told)
+            self._colour(layer)
+            shown.cut_open(layer, self.view == "cut")
+            self._add(message.name, layer)
+        self.live[message.name] = shown.LiveVolume(self.viewer, layer)
+        shown.link([live.layer for live in self.live.values()])
+        frame = (message.shape, message.scale, message.translate, self.view, cells)
+        if frame != self.frame:  # else the camera stays where the person has put it
+            self.frame = frame
+            # What lies in the corners of a volume is outside the field of view.
+            shown.look_at(self.viewer, [layer], cells, fill=1.15 if self.viewer.dims.ndisplay == 3 else 0.96)
+        if message.name == "result":
+            self.outline = shown.PatchOutline(self.viewer, layer)
+
+    def draw(self, progress: Progress | None) -> None:
+        """Bring changed boxes and the outline onto the screen."""
+        result = self.live.get("result")
+        if self.outline is not None and result is not None and result.may_draw and progress is not None:
+            self.outline.show(progress.next_box if progress.name == "result" else None)
+        super().draw(progress)
+
+    def forget(self, layer: Layer) -> None:
+        """The outline goes with the result."""
+        if self.watched is layer:
+            self._close_outline()
+        super().forget(layer)
+
+    def close(self) -> None:
+        """Let go of the layers, and take the outline away."""
+        self._close_outline()
+        super().close()
+
+    def _close_outline(self) -> None:
+        if self.outline is not None:
+            self.outline.close()
+            self.outline = None
+
+    def _same_fdk(self, array: NDArray[np.float32]) -> Image | None:
+        """The FDK layer of an earlier run, where it shows the same: it is kept rather than built again."""
+        mine = _fdk_identity(self.job.model_dump(mode="json"))
+        for layer in self.viewer.layers:
+            told = told_by(layer)
+            if told.get("volume") == "fdk" and _fdk_identity(told["job"]) == mine:
+                few = (slice(None, None, 7),) * 3  # the file may have changed; a sample tells
+                if layer.data.shape == array.shape and (layer.data[few] == array[few]).all():
+                    return layer
+        return None
+
+    def _colour(self, layer: Image) -> None:
+        """The contrast and colours of this run's FDK; FDK's own are set from its values, once."""
+        first = self.live.get("fdk")
+        if first is not None:
+            for name in shown.LINKED:
+                setattr(layer, name, getattr(first.layer, name))
+        elif (limits := shown.contrast_limits(layer.data)) is not None:
+            layer.contrast_limits_range = (min(0.0, limits[0]), 2 * limits[1])
+            layer.contrast_limits = limits
+
+
+def method_name(job: ReconstructionJob) -> str:
+    """A job's method as a layer's name."""
+    name = METHOD_NAMES.get(job.parameters.method, job.parameters.method.upper())
+    return f"Partitioned {name}" if getattr(job.parameters, "patch", None) else name
+
+
+def told_by(layer: Layer) -> dict[str, Any]:
+    """What a layer's metadata tells of how it was made; empty where it is not ours."""
+    told = layer.metadata.get(shown.KEY)
+    return told if isinstance(told, dict) else {}
+
+
+def _fdk_identity(job: dict[str, Any]) -> tuple[Any, ...]:
+    parameters = job["parameters"]
+    window = parameters.get("window", "ram-lak") if parameters["method"] == "fdk" else "ram-lak"
+    return job["scan"], str(job["options"]), str(job["shape"]), job["voxel_size"], window
