@@ -27,7 +27,7 @@ from torch import Tensor
 
 from napari_recon.jobs.job import OperatorJob, PatchJob
 from napari_recon.jobs.memory import peak_memory
-from napari_recon.jobs.messages import Finished, Message, Notice, Progress, Stage, VolumeReady
+from napari_recon.jobs.messages import Finished, Message, Progress, Stage, VolumeReady
 from napari_recon.jobs.quality import on_grid
 from napari_recon.jobs.run import Run, advance, keep_operator, operator_file
 from napari_recon.jobs.volumes import read_volume
@@ -125,7 +125,6 @@ class OperatorRun(Run[OperatorJob]):
             operator = self.load_operator(file)
             file.touch()  # used last, so forgotten last
             self.file = file
-            yield Notice("This fit was made before and is shown again.")
             return (yield from self._replay(operator))
         operator = yield from self._fit()
         if self.complete and keep_operator(operator, file, self.physics):
@@ -137,7 +136,7 @@ class OperatorRun(Run[OperatorJob]):
 
     def _replay(self, operator: NormalOperator) -> Generator[Message, None, NormalOperator]:
         """Show an operator that was fitted before as if it were fitted now."""
-        yield Stage(_FITTING, "made before")
+        yield Stage(_FITTING, "made before, shown again")
         yield from self._show(operator)
         for step, row in enumerate(operator.history, 1):
             seconds = row.get("seconds", 0.0)
@@ -156,7 +155,7 @@ class OperatorRun(Run[OperatorJob]):
             while (update := advance(updates)) is not None:
                 if update.stage != stage:
                     stage = update.stage
-                    yield Stage(_FITTING, stage)
+                    yield Stage(_FITTING, "" if stage == "fitting" else stage)
                 if update.operator is not None and update.operator is not shown:
                     shown = update.operator
                     yield from self._show(shown)

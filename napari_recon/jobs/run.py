@@ -452,6 +452,7 @@ class _Reconstruction(Run[ReconstructionJob]):
             img_size=size,
             patch_size=patch,
             passes=parameters.passes,
+            batch=patches_at_once(patch, self.y.device),
         )
         wrapped = DiagCirculantWrapper(physics=physics, img_size=size, scaling=1.0, device=self.y.device)
         return method.stream(
@@ -574,6 +575,19 @@ def provenance(job: Job, figures: dict[str, float], complete: bool) -> dict[str,
         "figures": {name: (value if np.isfinite(value) else None) for name, value in figures.items()},
         "complete": complete,
     }
+
+
+def patches_at_once(patch: int, device: torch.device) -> int:
+    """How many patches of an edge the solver gets at once: one on the CPU, more on a GPU that they would leave idle.
+
+    A voxel of a patch costs about 400 bytes with H and total variation: padded spectra, iterates, duals.
+    """
+    if device.type != "cuda":
+        return 1
+    import torch
+
+    free = torch.cuda.mem_get_info(device)[0]
+    return max(1, min(16, int(0.25 * free / (400 * patch**3))))
 
 
 # -- fitted operators on disk --------------------------------------------------------------------------------------
