@@ -407,7 +407,8 @@ def _validated(kind: type[SomeJob], **fields: Any) -> SomeJob:
 def _run(job: Job, volumes: dict[str, Any] | None = None) -> Finished:
     """Run a job with a progress bar; anything but its finish ends the command. ``volumes`` gets the job's."""
     from napari_recon.jobs.messages import Failed, Finished, Notice, Progress, Stage
-    from napari_recon.jobs.run import Control, run_job
+    from napari_recon.jobs.run import run_job
+    from napari_recon.jobs.stages import Control
     from napari_recon.scans.errors import ScanError
 
     control = Control()

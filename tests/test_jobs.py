@@ -15,7 +15,7 @@ from napari_recon.jobs.job import FDKParameters, SIRTParameters, TVParameters
 from napari_recon.jobs.memory import plan_memory, readable
 from napari_recon.jobs.messages import Cancelled, Failed, Finished, Notice, Progress, Stage, VolumeReady
 from napari_recon.jobs.quality import compare_volumes, field_of_view, on_grid
-from napari_recon.jobs.run import Prepared
+from napari_recon.jobs.stages import Prepared
 from napari_recon.jobs.volumes import Volume, check_output, read_volume, write_volume
 from napari_recon.learning.simulate import simulate
 from napari_recon.scans import Grid, ScanError

@@ -12,7 +12,7 @@ from napari_recon.jobs.job import FDKParameters, FitParameters, TVParameters
 from napari_recon.jobs.memory import plan_memory, readable
 from napari_recon.jobs.messages import Cancelled, Failed, Finished, Progress, Stage, VolumeReady
 from napari_recon.jobs.operator import filter_images, patch_box, region_errors
-from napari_recon.jobs.run import Prepared
+from napari_recon.jobs.stages import Prepared
 from napari_recon.jobs.volumes import write_volume
 from napari_recon.learning.simulate import simulate
 from napari_recon.physics import NormalOperator, XRayTransform
@@ -219,7 +219,7 @@ def test_the_fit_of_a_reconstruction_is_another_one(scan, cache):
 
 
 def test_the_fit_just_made_is_kept_however_large_it_is(scan, cache, monkeypatch):
-    monkeypatch.setattr("napari_recon.jobs.run._KEEP_BYTES", 1)
+    monkeypatch.setattr("napari_recon.jobs.stages._KEEP_BYTES", 1)
     run(make_job(scan))
     messages, _ = run(make_job(scan, seed=1))
     assert [str(file) for file in cache.rglob("*.safetensors")] == [messages[-1].output]

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from napari_recon.jobs.job import Job, OperatorJob, PatchJob, quiet_threads
 from napari_recon.jobs.messages import Cancelled, Failed, Finished, Message, VolumeReady
-from napari_recon.jobs.run import Control
+from napari_recon.jobs.stages import Control
 from napari_recon.jobs.volumes import remove_partial
 
 _NICE = 5
@@ -289,7 +289,8 @@ def serve() -> None:
     threading.Thread(target=desk.listen, name="orders", daemon=True).start()
 
     from napari_recon.jobs.memory import release_memory
-    from napari_recon.jobs.run import Prepared, run_job
+    from napari_recon.jobs.run import run_job
+    from napari_recon.jobs.stages import Prepared
 
     _warm_up()
     prepared = Prepared()

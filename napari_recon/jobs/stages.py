@@ -1,0 +1,357 @@
+"""What the runs of all jobs share: the control that steers them, what is kept between them, and common stages."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from napari_recon.jobs.job import Job, OperatorJob
+from napari_recon.jobs.memory import peak_memory, plan_memory
+from napari_recon.jobs.messages import Message, Progress, Stage, VolumeReady
+from napari_recon.scans.errors import ScanError
+
+if TYPE_CHECKING:  # torch is imported where a job runs, not where jobs are made
+    import torch
+
+    from napari_recon.physics import NormalOperator, XRayTransform
+    from napari_recon.physics.fdk_filter import Window
+    from napari_recon.reconstruction import Update
+    from napari_recon.scans import Grid, Scan
+
+Shape = tuple[int, ...]
+Point = tuple[float, float, float]
+
+
+class JobCancelled(Exception):
+    """Raised where the job notices that it was cancelled."""
+
+
+class Control:
+    """Steers a running job from another thread, and holds its volumes.
+
+    Every order is answered before the job's next step; none of the methods blocks.
+
+    Parameters
+    ----------
+    allocate
+        Makes the array, float32 and zero, of a volume of that name and shape; plain NumPy by default. The worker
+        hands in one of shared memory.
+
+    Attributes
+    ----------
+    volumes
+        The job's volumes by name, "fdk" and "result" of a reconstruction, updated in place while it runs. Where FDK
+        is the method they are one array.
+    handles
+        The shared memory's names, where there are any.
+    """
+
+    def __init__(self, allocate: Callable[[str, Shape], tuple[NDArray[np.float32], str]] | None = None) -> None:
+        self.volumes: dict[str, NDArray[np.float32]] = {}
+        self.handles: dict[str, str] = {}
+        self._allocate = allocate
+        self._running = threading.Event()
+        self._running.set()
+        self._finish = threading.Event()
+        self._cancel = threading.Event()
+        self._point: Point | None = None
+        self._waited = 0.0
+
+    def allocate(self, name: str, shape: Shape) -> NDArray[np.float32]:
+        """A new volume of zeros, kept under ``name``."""
+        if self._allocate is None:
+            self.volumes[name] = np.zeros(shape, np.float32)
+        else:
+            self.volumes[name], self.handles[name] = self._allocate(name, shape)
+        return self.volumes[name]
+
+    def pause(self) -> None:
+        """Wait after the step that runs now."""
+        self._running.clear()
+
+    def resume(self) -> None:
+        """Go on after a pause."""
+        self._running.set()
+
+    def finish(self) -> None:
+        """Stop after the step that runs now and keep what there is."""
+        self._finish.set()
+        self._running.set()
+
+    def cancel(self) -> None:
+        """Stop after the step that runs now, free everything and write nothing."""
+        self._cancel.set()
+        self._running.set()
+
+    def focus(self, point: Point | None) -> None:
+        """Work nearest to ``point`` first: (z, y, x) in voxels of the volume, or None for the method's own order."""
+        self._point = point
+
+    @property
+    def point(self) -> Point | None:
+        """What :meth:`focus` was last given."""
+        return self._point
+
+    @property
+    def paused(self) -> bool:
+        """Whether the job waits, or will after its step."""
+        return not self._running.is_set()
+
+    @property
+    def finishing(self) -> bool:
+        """Whether the job is to keep what there is and end."""
+        return self._finish.is_set()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the job is to end and leave nothing."""
+        return self._cancel.is_set()
+
+    def checkpoint(self) -> None:
+        """Between two steps: wait while paused, and leave where cancelled."""
+        if not self._running.is_set():
+            start = time.perf_counter()
+            self._running.wait()
+            self._waited += time.perf_counter() - start
+        if self._cancel.is_set():
+            raise JobCancelled
+
+    def clock(self) -> float:
+        """Seconds of a clock that stands still during pauses."""
+        return time.perf_counter() - self._waited
+
+
+@dataclass
+class Prepared:
+    """What a job leaves for the next one on the same scan, grid and device, so that it starts at once.
+
+    Only a process that runs several jobs keeps one; the first job of another scan, and a cancelled one, empty it.
+    """
+
+    key: str = ""
+    things: dict[str, Any] = field(default_factory=dict)
+
+    def get(self, name: str, make: Callable[[], Any]) -> Any:
+        """What is kept as ``name``; made where it is not."""
+        if name not in self.things:
+            self.things[name] = make()
+        return self.things[name]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.key, self.things = "", {}
+
+
+AnyJob = TypeVar("AnyJob", bound=Job)
+
+
+class Run(Generic[AnyJob]):
+    """One run of a job: what its stages hand to each other, and the stages that several kinds of jobs have."""
+
+    def __init__(self, job: AnyJob, control: Control, prepared: Prepared) -> None:
+        self.job, self.control, self.prepared = job, control, prepared
+        self.figures: dict[str, float] = {}
+        self.complete = True
+        self._began = control.clock()
+
+    def messages(self) -> Iterator[Message]:
+        """All stages; see :func:`run_job`."""
+        raise NotImplementedError
+
+    def read(self) -> Iterator[Message]:
+        """Open the scan, check that the job fits, and read: ``scan``, ``grid``, ``physics`` and ``y`` from here on."""
+        job, prepared = self.job, self.prepared
+        yield Stage("reading", job.scan.name)
+        self.check()
+        from napari_recon.physics import XRayTransform
+        from napari_recon.physics.devices import resolve_device
+        from napari_recon.scans import open_scan
+
+        device = resolve_device(job.device)
+        key = _digest(job, _state_of(job.scan), str(device))
+        if prepared.key != key:
+            prepared.clear()
+            prepared.key = key
+        self.scan: Scan = prepared.get("scan", lambda: open_scan(job.scan, job.options))
+        self.grid: Grid = self.scan.default_grid(job.shape, job.voxel_size)
+        if "y" not in prepared.things or isinstance(job, OperatorJob):  # whose fit takes far more than reading did
+            plan = plan_memory(job, self.scan)
+            if not plan.fits:
+                raise ScanError(plan.sentence)
+        self.physics: XRayTransform = prepared.get(
+            "physics", lambda: XRayTransform.from_scan(self.scan, job.shape, job.voxel_size, device)
+        )
+        self.y: torch.Tensor = prepared.get("y", lambda: self.scan.measurements(device))
+
+    def check(self) -> None:
+        """Refuse what can be refused before anything is read, by a ScanError."""
+
+    def fdk(self, window: Window = "ram-lak", shown: str | None = "fdk", to_the_end: bool = False) -> Iterator[Message]:
+        """FDK as ``start`` (1, 1, D, H, W), and as the volume ``shown`` where that is named; kept from earlier jobs."""
+        from napari_recon.reconstruction import FDK
+
+        yield Stage("fdk")
+        name = f"fdk {window}"
+        if name in self.prepared.things:
+            self.start: torch.Tensor = self.prepared.things[name]
+            if shown is not None:
+                self.control.allocate(shown, self.grid.shape)[...] = self.start[0, 0].cpu().numpy()
+                yield self.ready(shown)
+            return
+        import torch
+
+        updates = FDK(window=window).stream(self.y, self.physics)
+        if shown is not None:
+            yield from self.follow(updates, shown, to_the_end)
+            self.start = torch.from_numpy(self.control.volumes[shown].copy())[None, None].to(self.y.device)
+        else:
+            self.start = torch.zeros((1, 1, *self.grid.shape), device=self.y.device)
+            while (update := advance(updates)) is not None:
+                self.start[(..., *update.box)] = update.values
+                self.control.checkpoint()
+        if self.complete:
+            self.prepared.things[name] = self.start
+
+    def follow(self, updates: Iterator[Update], name: str, to_the_end: bool = False) -> Iterator[Message]:
+        """Copy a method's updates into volume ``name`` and tell of them; Finish ends it unless ``to_the_end``."""
+        control = self.control
+        begin = control.clock()
+        try:
+            while (update := advance(updates)) is not None:
+                first = name not in control.volumes
+                volume = control.volumes[name] if not first else control.allocate(name, self.grid.shape)
+                volume[update.box] = update.values[0, 0].detach().cpu().numpy()
+                whole = volume[update.box].shape == volume.shape
+                # A patch's own figures are of its step; only what holds for the volume is kept for the end.
+                self.figures |= {k: v for k, v in update.figures.items() if whole or k == "residual"}
+                if first:
+                    yield self.ready(name)
+                if update.step > 0:
+                    seconds = control.clock() - begin
+                    remaining = seconds / update.step * (update.total - update.step) if update.total else None
+                    following = update.next_box
+                    yield Progress(
+                        name,
+                        update.step,
+                        update.total,
+                        _plain(update.box),
+                        None if following is None else _plain(following),
+                        seconds,
+                        remaining,
+                        dict(update.figures),
+                    )
+                control.checkpoint()
+                if control.finishing and not to_the_end:
+                    self.complete = self.complete and 0 < update.step == update.total
+                    return
+        finally:
+            close = getattr(updates, "close", None)
+            if close is not None:
+                close()
+
+    def load_operator(self, file: str | Path) -> NormalOperator:
+        """The operator of a file, or a ScanError where it belongs to another scan; the last one is kept."""
+        from napari_recon.physics import NormalOperator
+
+        kept, state = self.prepared.things, (str(file), _state_of(Path(file)))
+        if kept.get("operator file", (None,))[0] != state:
+            kept.pop("operator file", None)  # freed before the next one is there
+            kept["operator file"] = (state, NormalOperator.load(file, self.physics, self.y.device))
+        operator: NormalOperator = kept["operator file"][1]
+        return operator
+
+    def ready(self, name: str) -> VolumeReady:
+        """The message that a volume on the job's grid is there."""
+        grid = self.grid
+        scale, handle = (grid.voxel_size,) * 3, self.control.handles.get(name, "")
+        return VolumeReady(name, grid.shape, scale, grid.translate, handle=handle)
+
+    def made_by(self) -> tuple[dict[str, Any], float]:
+        """How the job's volumes were made, as JSON, and the seconds that it took so far."""
+        seconds = self.control.clock() - self._began
+        figures = {**self.figures, "seconds": seconds, "peak_memory": float(peak_memory())}
+        return provenance(self.job, figures, self.complete), seconds
+
+
+def provenance(job: Job, figures: dict[str, float], complete: bool) -> dict[str, Any]:
+    """How a volume was made, as JSON: the job as it can be run again, what ran it, and its figures."""
+    from napari_recon import __version__
+
+    return {
+        "program": f"napari-recon {__version__}",
+        "job": job.model_dump(mode="json"),
+        "figures": {name: (value if np.isfinite(value) else None) for name, value in figures.items()},
+        "complete": complete,
+    }
+
+
+# -- fitted operators on disk --------------------------------------------------------------------------------------
+
+_KEEP_BYTES = 4 * 10**9
+
+
+def operator_file(physics: XRayTransform, seed: int, options: dict[str, Any]) -> Path:
+    """Where the operator fitted so to a physics is kept between sessions: named by all of that and the version."""
+    import platformdirs
+
+    from napari_recon import __version__
+    from napari_recon.physics.normal import describe_physics
+
+    said = json.dumps([__version__, seed, options, describe_physics(physics)], sort_keys=True)
+    folder = platformdirs.user_cache_path("napari-recon") / "operators"
+    return folder / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.safetensors"
+
+
+def keep_operator(operator: NormalOperator, file: Path, physics: XRayTransform) -> bool:
+    """Keep an operator for the next session; the ones used longest ago make room. Whether it could be written."""
+    with contextlib.suppress(OSError, ScanError):  # a full disk costs the next job a fit, nothing more
+        file.parent.mkdir(parents=True, exist_ok=True)
+        operator.save(file, physics)
+        others = sorted(file.parent.glob("*.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True)
+        total = file.stat().st_size
+        for path in others:
+            total += 0 if path == file else path.stat().st_size
+            if total > _KEEP_BYTES and path != file:
+                path.unlink()
+        return True
+    return False
+
+
+# -- small things --------------------------------------------------------------------------------------------------
+
+
+def advance(updates: Iterator[Any]) -> Any:
+    """The next update, or None. Gradients are off here and not around the yield: the consumer's are its own affair."""
+    import torch
+
+    with torch.no_grad():
+        return next(updates, None)
+
+
+def _plain(box: tuple[slice, ...]) -> tuple[slice, ...]:
+    return tuple(slice(int(s.start), int(s.stop)) for s in box)
+
+
+def _state_of(path: Path) -> list[Any]:
+    """What tells whether a file or folder is still the same: times and sizes of its files."""
+    try:
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        return [[file.name, file.stat().st_mtime_ns, file.stat().st_size] for file in files]
+    except OSError:
+        return []
+
+
+def _digest(job: Job, *more: Any) -> str:
+    """A name for the scan, grid and device of a job."""
+    said = job.model_dump(mode="json", include={"scan", "options", "shape", "voxel_size"})
+    return hashlib.sha256(json.dumps([said, *more], sort_keys=True, default=str).encode()).hexdigest()
