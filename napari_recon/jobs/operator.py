@@ -163,7 +163,8 @@ class OperatorRun(Run[OperatorJob]):
                     rows.append(update.figures)
                 seconds = control.clock() - begin
                 remaining = seconds / update.step * (update.total - update.step) if update.step else None
-                box, figures = self.grid.full_box, dict(update.figures)
+                # The last update's errors are of other volumes, and have their place at the end.
+                box, figures = self.grid.full_box, dict(update.figures) if stage == "fitting" else {}
                 yield Progress("mask", update.step, update.total, box, None, seconds, remaining, figures)
                 control.checkpoint()
                 if control.finishing and shown is not None and stage != "done":
