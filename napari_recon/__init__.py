@@ -28,6 +28,8 @@ _HOMES = {
     "TV": "napari_recon.reconstruction",
     "TVPrior": "napari_recon.reconstruction",
     "PartitionedReconstructor": "napari_recon.reconstruction",
+    "UnrolledPGD": "napari_recon.reconstruction.unrolled",
+    "PostProcessing": "napari_recon.reconstruction.unrolled",
     "Update": "napari_recon.reconstruction",
     "ReconstructionJob": "napari_recon.jobs",
     "run_job": "napari_recon.jobs",

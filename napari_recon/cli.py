@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -282,7 +283,13 @@ def fit_operator(
 
 @app.command()
 def simulate(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="walnut, shepp-logan, ellipsoids or blobs.")],
+    kind: Annotated[
+        str,
+        typer.Argument(
+            metavar="KIND",
+            help="Phantom: walnut, shepp-logan, ellipsoids, blobs; anatomy: head, thorax, limb, vessels, shell, foam.",
+        ),
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="A folder to make, Walnut layout.")],
     size: Annotated[int, typer.Option(metavar="N", help="Voxels along an edge of the true volume.")] = 64,
     views: Annotated[int, typer.Option(metavar="V", help="Projections over the full circle.")] = 90,
@@ -290,20 +297,88 @@ def simulate(
     photons: Annotated[
         float | None, typer.Option(metavar="N", help="Photons a pixel without object; 0 for no noise.")
     ] = None,
+    read_noise: Annotated[
+        float, typer.Option(metavar="COUNTS", help="Standard deviation of the detector's noise.")
+    ] = 2.0,
+    jitter_mm: Annotated[float, typer.Option(metavar="MM", help="How loose source and detector are.")] = 0.0,
+    jitter_degrees: Annotated[float, typer.Option(metavar="DEG", help="How loose angles are.")] = 0.0,
+    scatter: Annotated[
+        float, typer.Option(metavar="F", help="Scattered over primary photons behind the object.")
+    ] = 0.0,
+    polychromatic: Annotated[
+        bool, typer.Option("--polychromatic", help="Three energies: the beam hardens (anatomies).")
+    ] = False,
+    metal: Annotated[bool, typer.Option("--metal", help="Titanium implants (head, thorax, limb).")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Simulate a scan: exact line integrals, Poisson noise, and the true volume beside it."""
+    """Simulate a scan of a phantom or an anatomy: Poisson and detector noise, and the true volume beside it."""
     with _told(as_json) as say:
         from napari_recon.learning.simulate import simulate as make
 
         start = time.perf_counter()
         more: dict[str, Any] = {} if photons is None else {"photons": photons or None}
+        more |= {"read_noise": read_noise, "jitter_mm": jitter_mm, "jitter_degrees": jitter_degrees}
+        more |= {"scatter": scatter, "polychromatic": polychromatic, "metal": metal}
         make(kind, output, size=size, views=views, seed=seed, **more)
         seconds = time.perf_counter() - start
         if as_json:
             say({"output": str(output), "seconds": seconds})
         else:
             print(f"{output}: {views} views of {kind}, {seconds:.1f} s")
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="What is trained on, what, how, how long.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="WEIGHTS", help="A .safetensors file to write.")],
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew where there is a checkpoint.")] = False,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda; by default what CONFIG says.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a learned method; the best weights so far are kept, and stopped training goes on when called again."""
+    with _told(as_json) as say:
+        from napari_recon.jobs.memory import peak_memory, readable
+        from napari_recon.learning.training import checkpoint_path, read_config, stream_training
+
+        chosen = read_config(config)
+        if device is not None:
+            chosen = chosen.model_copy(update={"device": device})
+        first = os.environ.get("RANK", "0") == "0"  # under torchrun one process speaks
+        figures: dict[str, float] = {}
+        step, seconds, stage = 0, 0.0, ""
+        with (
+            _asked_to_stop() as stopped,
+            contextlib.closing(stream_training(chosen, output, resume=not fresh)) as updates,
+            _bar() as bar,
+        ):
+            for update in updates:
+                figures, seconds = figures | update.figures, update.seconds
+                if update.stage == "training":
+                    step = update.step
+                shown = [f"{name} {figures[name]:.4g}" for name in ("loss", "psnr") if name in figures]
+                bar(update.stage if update.stage != stage else None, ", ".join(shown), update.step / update.total)
+                stage = update.stage
+                if first and "psnr" in update.figures:
+                    _note(
+                        f"step {step}: loss {figures['loss']:.4g}, PSNR {figures['psnr']:.2f} dB "
+                        f"(start {figures['start_psnr']:.2f}, best {figures['best_psnr']:.2f})"
+                    )
+                if stopped:  # between two steps, so that the checkpoint is whole
+                    break
+        if stopped:
+            kept = [str(path) for path in (output, checkpoint_path(output)) if path.exists()]
+            _note(f"Stopped after step {step}; kept: {', '.join(kept) or 'nothing yet'}.")
+            say({"output": str(output) if output.exists() else None, "steps": step, "stopped": True})
+            raise typer.Exit(130)
+        if first:
+            peak = peak_memory()
+            if as_json:
+                say({"output": str(output), "steps": step, "seconds": seconds, "peak_memory": peak, "figures": figures})
+            else:
+                print(
+                    f"{output}: best PSNR {figures.get('best_psnr', math.nan):.2f} dB after {step} steps; "
+                    f"{seconds:.1f} s, at most {readable(peak)}"
+                )
 
 
 @app.command()
@@ -498,6 +573,24 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+@contextlib.contextmanager
+def _asked_to_stop() -> Iterator[list[int]]:
+    """Interrupts as a list that they are added to, for what ends by itself; the second one interrupts at once."""
+    asked: list[int] = []
+
+    def hear(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _note(text: str) -> None:

@@ -253,7 +253,7 @@ def test_the_manifest_names_what_is_there():
     from npe2 import PluginManifest
 
     from napari_recon import sample_data
-    from napari_recon.widgets.contributions import SAMPLES
+    from napari_recon.widgets.contributions import SAMPLES, SYNTHETIC
 
     manifest = PluginManifest.from_distribution("napari-recon")
     for command in manifest.contributions.commands:
@@ -261,7 +261,7 @@ def test_the_manifest_names_what_is_there():
         assert callable(getattr(importlib.import_module(module), name)), command.id
     assert {w.display_name for w in manifest.contributions.widgets} == {"Scan", "Reconstruct", "Normal operator"}
     assert {s.key: s.display_name for s in manifest.contributions.sample_data} == SAMPLES
-    assert set(SAMPLES) <= set(sample_data.names())
+    assert set(SAMPLES) - set(SYNTHETIC) <= set(sample_data.names())
 
 
 def test_timers_stop_with_the_session(dock, qtbot):

@@ -382,7 +382,7 @@ class _Problem:
             h = self.operator.patch(boxes[0]) if len(boxes) == 1 else self.operator.patches(samples)
             normal = h.apply
             transpose = None if is_self_adjoint(h) else self._scaled(h.adjoint)
-        return NormalPhysics(
+        patches = NormalPhysics(
             self._scaled(normal),
             tuple(context.shape[1:]),
             context,
@@ -391,6 +391,9 @@ class _Problem:
             max_iter=self.max_iter,
             tol=self.tol,
         )
+        # As the wrapper has them: unrolled networks take their steps in units of the whole operator's norm.
+        patches.physics, patches.scaling = self.exact, self.scaling
+        return patches
 
     def _scaled(self, normal: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return normal if self.scaling == 1 else (lambda x: normal(x) * self.scaling)

@@ -10,20 +10,47 @@ from napari_recon.scans.errors import ScanError
 
 LayerData = tuple[Any, dict[str, Any], str]
 
-SAMPLES = {"walnut-like": "Walnut-like cone-beam scan (60 views)"}
-"""The sample scans in the wheel: name -> title, as in the manifest."""
+SYNTHETIC = {"synthetic-head": "Synthetic head", "synthetic-thorax": "Synthetic thorax"}
+"""The samples that are simulated when they are first opened: name -> title."""
+
+SAMPLES = {"walnut-like": "Walnut-like cone-beam scan (60 views)", **SYNTHETIC}
+"""All sample scans: name -> title, as in the manifest."""
 
 
 def sample_path(name: str) -> Path:
-    """Where a sample scan lies."""
+    """Where a sample scan lies; a synthetic one is made in the user's cache first (a few seconds, once a version)."""
     from napari_recon import sample_data
 
-    return Path(sample_data.path(name))
+    if name not in SYNTHETIC:
+        return Path(sample_data.path(name))
+    import platformdirs
+
+    from napari_recon import __version__
+    from napari_recon.learning.simulate import simulate
+
+    folder = platformdirs.user_cache_path("napari-recon") / "samples" / __version__ / name
+    if not folder.is_dir():
+        try:
+            simulate(name.removeprefix("synthetic-"), folder, size=64, views=60)
+        except ScanError:
+            if not folder.is_dir():  # or another viewer has just made it
+                raise
+    return folder
 
 
 def walnut_like() -> list[LayerData]:
     """Projections of the walnut-like sample, for File > Open Sample; the docks take the scan up from the layer."""
     return _projections(sample_path("walnut-like"))
+
+
+def synthetic_head() -> list[LayerData]:
+    """Projections of a synthetic head, for File > Open Sample."""
+    return _projections(sample_path("synthetic-head"))
+
+
+def synthetic_thorax() -> list[LayerData]:
+    """Projections of a synthetic thorax, for File > Open Sample."""
+    return _projections(sample_path("synthetic-thorax"))
 
 
 def get_reader(path: str | Sequence[str]) -> Callable[[Any], list[LayerData]] | None:

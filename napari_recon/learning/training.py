@@ -1,0 +1,787 @@
+"""Training of the learned methods: on patches, each in the context of its whole volume.
+
+A patch is trained as it is used later: with x_c the context and g = Aᵀ(A x_c − y) the gradient there, the gradient at a
+patch x̃ is S g + S AᵀA Sᵀ(x̃ − S x_c). With x_c = x* + E, the truth with some error, linearity gives
+
+    g = AᵀA E + Aᵀ(A x* − y),
+
+both of them computed once a volume: a step of training projects nothing but its patches, whatever the volume's size.
+E is nothing (the true context), a part of the start's error, or the error that the network's own first pass leaves,
+refreshed now and then; a network that only ever saw true contexts is lost in its own second pass.
+
+No torch is imported before training begins: forms are built from the configuration alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import tomllib
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from napari_recon.scans.errors import ScanError
+from napari_recon.scans.geometry import Geometry
+from napari_recon.scans.grid import Box, Grid
+
+if TYPE_CHECKING:
+    import torch
+    from deepinv.physics import LinearPhysics
+    from torch import Tensor, nn
+
+    from napari_recon.learning.networks import Method
+    from napari_recon.physics.normal_operator import NormalOperator
+
+SOURCE_OBJECT, SOURCE_DETECTOR, EXTENT = 66.0, 199.0, 34.0
+"""mm: the Walnut scanner's distances, and the edge of every training volume (a network knows no millimetres)."""
+
+FINER = 2
+"""Volumes are projected on voxels so many times finer than those that are reconstructed."""
+
+_HELD_OUT = 1_000_000  # seeds of validation objects begin here
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(_Frozen):
+    """What is trained on: simulated scans of synthetic objects, or of one's own volumes."""
+
+    kinds: tuple[str, ...] = Field(
+        default=("head", "thorax", "limb", "vessels", "shell", "foam"),
+        min_length=1,
+        title="Kinds",
+        description="Synthetic anatomies or phantoms, in turn.",
+    )
+    folder: Path | None = Field(
+        default=None,
+        title="Folder",
+        description="Volumes (.tif, .npy) to train on instead; the last ones, in order of their names, validate.",
+    )
+    count: PositiveInt = Field(default=60, title="Volumes", description="Training volumes, each with one scan.")
+    size: int = Field(default=96, ge=8, le=1024, title="Size", description="Voxels along an edge of the volumes.")
+    views: tuple[PositiveInt, ...] = Field(
+        default=(6, 10, 19), min_length=1, title="Views", description="Projections of a scan, mixed in equal parts."
+    )
+    photons: float | None = Field(
+        default=30_000,
+        ge=10,
+        allow_inf_nan=False,
+        title="Photons",
+        description="A pixel without object; none leaves noise out.",
+    )
+    thickness: tuple[float, float] = Field(
+        default=(1.5, 4.0),
+        title="Thickness",
+        description="Range of a scan's largest line integral: objects are scaled to one in it, whatever their unit.",
+    )
+
+
+class NetworkConfig(_Frozen):
+    """The network, by its name."""
+
+    name: Literal["light", "drunet", "unet"] = Field(default="light", title="Network")
+    options: dict[str, Any] = Field(default={}, title="Options", description="See make_network.")
+
+
+class MethodConfig(_Frozen):
+    """What the network is a part of."""
+
+    name: Literal["unrolled", "post-processing"] = Field(default="unrolled", title="Method")
+    iterations: int = Field(default=3, ge=1, le=100, title="Iterations", description="Data steps, of 'unrolled'.")
+    tied: bool = Field(default=True, title="Tied", description="One network for all iterations.")
+    step: Literal["ramp", "gradient"] = Field(default="ramp", title="Data step")
+    step_size: float = Field(default=1.8, gt=0, allow_inf_nan=False, title="Step size", description="To start with.")
+    normal: Literal["exact", "fit"] = Field(
+        default="exact", title="Patches", description="AᵀA on patches: 'exact', or a fitted H."
+    )
+
+
+class OptimisationConfig(_Frozen):
+    """How the weights are found: Adam, with warm-up, a cosine to the end, and clipped gradients."""
+
+    steps: PositiveInt = Field(default=20_000, title="Steps")
+    patch: int = Field(default=48, ge=8, title="Patch", description="Edge of a training patch in voxels.")
+    batch: PositiveInt = Field(default=2, title="Batch", description="Patches at a time, on every device.")
+    accumulation: PositiveInt = Field(default=1, title="Accumulation", description="Batches a step.")
+    learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False, title="Learning rate")
+    step_rate: float = Field(
+        default=10.0,
+        ge=0,
+        allow_inf_nan=False,
+        title="Rate of the data steps",
+        description="The learning rate of the data steps' lengths, over the network's.",
+    )
+    warm_up: int = Field(default=200, ge=0, title="Warm-up", description="Steps to reach the learning rate.")
+    clip: float = Field(default=0.1, gt=0, title="Clipping", description="Largest norm of the gradient.")
+    loss: Literal["l1", "l2"] = Field(default="l1", title="Loss")
+    context_mix: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        title="Context mix",
+        description="How often a patch's context has errors: a part of the start's, or those of the first pass.",
+    )
+    refresh: int = Field(
+        default=1000, ge=0, title="Refresh", description="Steps after which first passes are run anew; 0: never."
+    )
+    mixed_precision: bool = Field(default=False, title="Mixed precision", description="bfloat16, on a GPU.")
+
+
+class ValidationConfig(_Frozen):
+    """What decides which weights are best: first passes on objects that are not trained on."""
+
+    every: PositiveInt = Field(default=500, title="Every", description="Steps.")
+    kinds: tuple[str, ...] = Field(default=(), title="Kinds", description="By default those of training.")
+    count: PositiveInt = Field(default=6, title="Volumes")
+
+
+class TrainingConfig(_Frozen):
+    """Everything that training depends on: the contents of a CONFIG.toml.
+
+    Attributes
+    ----------
+    data, network, method, optimisation, validation
+        The file's tables.
+    checkpoint_every
+        Steps; a checkpoint lies beside the weights until training is done.
+    seed
+        Of objects, noise, weights and patches.
+    device
+        "auto", "cpu" or "cuda".
+    card
+        Text for the weights' model card; figures are added.
+    """
+
+    data: DataConfig = DataConfig()
+    network: NetworkConfig = NetworkConfig()
+    method: MethodConfig = MethodConfig()
+    optimisation: OptimisationConfig = OptimisationConfig()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint_every: PositiveInt = 500
+    seed: int = Field(default=0, ge=0)
+    device: str = "auto"
+    card: str = ""
+
+
+@dataclass(frozen=True)
+class TrainingUpdate:
+    """What training tells while it goes on.
+
+    Attributes
+    ----------
+    stage
+        "preparing", then "training".
+    step, total
+        Of the stage: scans made, or steps of the optimiser done.
+    figures
+        ``loss`` and ``learning_rate`` of every step; with a validation ``psnr`` (dB, inside the field of view, data
+        range that of the truth, values below zero set to zero), ``start_psnr`` of what it began with, ``best_psnr``.
+    seconds
+        Since training began here.
+    patch, truth
+        With a validation: the middle of a validation volume (p, p, p), float32 in 1/mm, and what it should be.
+    """
+
+    stage: Literal["preparing", "training"]
+    step: int
+    total: int
+    figures: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    patch: NDArray[np.float32] | None = None
+    truth: NDArray[np.float32] | None = None
+
+
+def read_config(path: str | Path) -> TrainingConfig:
+    """A configuration from a TOML file; paths in it are relative to it.
+
+    Raises
+    ------
+    ScanError
+        If the file cannot be read, or an entry will not do.
+    """
+    path = Path(path).expanduser()
+    try:
+        entries = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ScanError(f"The configuration {path} cannot be read ({error.strerror}): check the path.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ScanError(f"The configuration {path} is not TOML ({error}): correct it.") from None
+    data = entries.get("data")
+    if isinstance(data, dict) and isinstance(data.get("folder"), str):
+        data["folder"] = path.absolute().parent / Path(data["folder"]).expanduser()
+    try:
+        return TrainingConfig.model_validate(entries)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise ScanError(f"{path}: there is no entry {name!r}; leave it out, or correct its name.") from None
+        problem = first["msg"][0].lower() + first["msg"][1:]
+        raise ScanError(f"{path}: {name} = {first['input']} will not do: {problem}.") from None
+
+
+def train(config: TrainingConfig, output: str | Path, resume: bool = True) -> TrainingUpdate:
+    """Train to the end; the last word of :func:`stream_training`."""
+    last = None
+    for update in stream_training(config, output, resume):
+        last = update
+    assert last is not None
+    return last
+
+
+def checkpoint_path(output: str | Path) -> Path:
+    """Where the checkpoint of a training lies."""
+    output = Path(output)
+    return output.with_name(output.name + ".checkpoint")
+
+
+def stream_training(
+    config: TrainingConfig, output: str | Path, resume: bool = True
+) -> Generator[TrainingUpdate, None, None]:
+    """Train, and tell an update a step; the best weights so far are always in ``output``.
+
+    Who consumes the generator may stop at any time: closing it leaves the best weights, and a checkpoint from which the
+    same call goes on. Resumed training gives the weights that it would have given without interruption, bit by bit on a
+    CPU. Under ``torchrun`` (WORLD_SIZE is set) every process trains on scans of its own and gradients are averaged; the
+    first one validates and writes.
+
+    Parameters
+    ----------
+    config
+        What, how, how long.
+    output
+        Weights to write (.safetensors).
+    resume
+        False begins anew where there is a checkpoint.
+
+    Raises
+    ------
+    ScanError
+        If something in the configuration will not do, a checkpoint belongs to another one, or training diverges.
+    """
+    output = Path(output).expanduser()
+    if output.suffix != ".safetensors":
+        raise ScanError(f"Weights are written as .safetensors, not to {output.name!r}: give such a name.")
+    if not output.absolute().parent.is_dir():
+        raise ScanError(f"The folder of {output} does not exist: create it, or choose another.")
+    trainer = _Trainer(config, output)
+    try:
+        yield from trainer.prepare()
+        yield from trainer.run(resume)
+    finally:
+        trainer.close()
+
+
+# -- scans to train on ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Example:
+    """A simulated scan with its truth, and what makes patch gradients cheap; volumes are (1, 1, n, n, n)."""
+
+    truth: Tensor
+    start: Tensor
+    scale: float
+    views: int
+    noise_gradient: Tensor | None = None  # Aᵀ(A x* − y)
+    start_gradient: Tensor | None = None  # AᵀA (start − x*)
+    first: Tensor | None = None  # the network's first pass
+    first_gradient: Tensor | None = None
+
+
+def _circle(grid: Grid, views: int) -> Geometry:
+    """A full circle that sees the cylinder in the grid's cube, as the Walnut scanner would."""
+    pitch = EXTENT / grid.shape[0] * SOURCE_DETECTOR / SOURCE_OBJECT
+    reach = EXTENT / 2
+    across = SOURCE_DETECTOR * reach / math.sqrt(SOURCE_OBJECT**2 - reach**2)
+    along = SOURCE_DETECTOR * reach / (SOURCE_OBJECT - reach)
+    rows, columns = (2 * math.ceil(half / pitch + 1) for half in (along, across))
+    return Geometry.cone(np.arange(views) * 360 / views, (rows, columns), pitch, SOURCE_OBJECT, SOURCE_DETECTOR)
+
+
+def _inside(size: int) -> NDArray[np.bool_]:
+    """The field of view of an n x n slice: a little less than its inscribed circle, (n, n)."""
+    place = (np.arange(size) - (size - 1) / 2) / (size / 2)
+    return np.hypot(place[:, None], place[None]) < 0.98
+
+
+def _objects(data: DataConfig, validation: ValidationConfig, seed: int, held_out: bool) -> list[tuple[Any, int]]:
+    """(kind or file, seed) of every object, those of training or those held out."""
+    count = validation.count if held_out else data.count
+    if data.folder is None:
+        from napari_recon.learning import phantoms
+
+        kinds = validation.kinds if held_out and validation.kinds else data.kinds
+        for kind in kinds:
+            if kind in phantoms.KINDS:
+                continue
+            from napari_recon.learning import anatomy
+
+            if kind not in anatomy.KINDS:
+                known = ", ".join((*anatomy.KINDS, *phantoms.KINDS))
+                raise ScanError(f"There is no kind of object {kind!r} to train on; there are {known}.")
+        first = seed * 2 * _HELD_OUT + (_HELD_OUT if held_out else 0)
+        return [(kinds[i % len(kinds)], first + i) for i in range(count)]
+    try:
+        files = sorted(f for f in data.folder.iterdir() if f.suffix.lower() in (".tif", ".tiff", ".npy"))
+    except OSError as error:
+        raise ScanError(f"The folder {data.folder} cannot be read ({error.strerror}): check the path.") from None
+    if len(files) < 2:
+        raise ScanError(f"{data.folder} holds {len(files)} volumes (.tif, .npy); training needs at least two.")
+    kept = min(validation.count, len(files) // 2)
+    files = files[-kept:] if held_out else files[:-kept][:count]
+    return [(file, i) for i, file in enumerate(files)]
+
+
+def _fine_volume(kind: str | Path, seed: int, size: int) -> NDArray[np.float32]:
+    """An anatomy or a person's own volume on the finer grid, (n, n, n)."""
+    fine = FINER * size
+    if isinstance(kind, str):
+        from napari_recon.learning.anatomy import make_anatomy
+
+        return make_anatomy(kind, seed, size=fine).volume
+    import tifffile
+    import torch
+
+    try:
+        raw = np.load(kind, allow_pickle=False) if kind.suffix == ".npy" else tifffile.imread(kind)
+    except Exception as error:  # tifffile and numpy raise whatever they stumble on
+        raise ScanError(f"The volume {kind} cannot be read ({error}): take it out of the folder.") from None
+    raw = np.squeeze(np.asarray(raw))
+    if raw.ndim != 3 or min(raw.shape) < 8 or not np.isfinite(raw.astype(np.float32)).all() or not (raw > 0).any():
+        raise ScanError(f"{kind} is no volume of attenuation (shape {raw.shape}): take it out of the folder.")
+    edge = max(raw.shape)  # into a cube, so that voxels stay cubes
+    room = [((edge - n) // 2, edge - n - (edge - n) // 2) for n in raw.shape]
+    cube = torch.from_numpy(np.pad(raw.astype(np.float32), room))[None, None]
+    return torch.nn.functional.interpolate(cube, size=(fine,) * 3, mode="trilinear", antialias=False)[0, 0].numpy()
+
+
+def _simulate(kind: str | Path, seed: int, data: DataConfig, views: int) -> tuple[Tensor, Tensor]:
+    """(truth, measurements) of an object, (1, 1, n, n, n) and (1, 1, rows, views, columns), on the CPU."""
+    import torch
+
+    from napari_recon.learning import phantoms
+    from napari_recon.physics.xray import XRayTransform
+
+    n = data.size
+    grid = Grid((n, n, n), EXTENT / n)
+    geometry = _circle(grid, views)
+    rng = np.random.default_rng([seed, views])
+    if isinstance(kind, str) and kind in phantoms.KINDS:
+        phantom = phantoms.make_phantom(kind, seed)
+        truth = torch.from_numpy(phantom.volume(grid))[None, None]
+        y = torch.from_numpy(phantom.project(geometry)).permute(1, 0, 2)[None, None].contiguous()
+    else:
+        fine = np.clip(_fine_volume(kind, seed, n), 0, None) * _inside(FINER * n)
+        volume = torch.from_numpy(np.ascontiguousarray(fine, np.float32))[None, None]
+        truth = torch.nn.functional.avg_pool3d(volume, FINER)
+        finer = Grid((FINER * n,) * 3, EXTENT / (FINER * n))
+        y = XRayTransform(geometry, finer, device="cpu").A(volume)
+    factor = rng.uniform(*data.thickness) / max(float(y.max()), 1e-12)
+    truth, y = truth * factor, y * factor
+    if data.photons is not None:
+        counted = rng.poisson(data.photons * np.exp(-y.double().numpy())).clip(min=1)
+        y = torch.from_numpy(-np.log(counted / data.photons)).float()
+    return truth, y
+
+
+# -- training itself -----------------------------------------------------------------------------------------------
+
+
+class _Trainer:
+    """The state of a training."""
+
+    def __init__(self, config: TrainingConfig, output: Path) -> None:
+        import torch
+
+        from napari_recon.learning.networks import make_network
+        from napari_recon.physics.devices import resolve_device
+        from napari_recon.reconstruction.unrolled import PostProcessing, UnrolledPGD
+
+        self.config, self.output = config, output
+        self.started = time.perf_counter()
+        self.patch = min(config.optimisation.patch, config.data.size)
+        self.world, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        name = config.device
+        if self.world > 1 and resolve_device(name).type == "cuda":
+            name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        self.device = resolve_device(name)
+        if config.optimisation.mixed_precision and self.device.type != "cuda":
+            raise ScanError("Mixed precision is for a GPU; leave optimisation.mixed_precision out, or train on one.")
+        self.objects = _objects(config.data, config.validation, config.seed, held_out=False)[self.rank :: self.world]
+        self.held_out = _objects(config.data, config.validation, config.seed, held_out=True) if self.rank == 0 else []
+        if not self.objects:
+            raise ScanError(f"There are fewer training volumes than processes ({self.world}): raise data.count.")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            network = make_network(config.network.name, **config.network.options)
+        method = config.method
+        self.model: Method
+        if method.name == "unrolled":
+            self.model = UnrolledPGD(
+                network, method.iterations, method.tied, method.step, method.step_size, patch_size=self.patch
+            )
+        else:
+            self.model = PostProcessing(network, patch_size=self.patch)
+        self.model.to(self.device).train()
+        self.model.mixed_precision = config.optimisation.mixed_precision
+        rate = {"step_sizes": config.optimisation.step_rate}
+        self.rates = [rate.get(name, 1.0) for name, _ in self.model.named_parameters()]
+        self.optimiser = torch.optim.Adam([{"params": [p]} for p in self.model.parameters()])
+        self.physics: dict[int, LinearPhysics] = {}
+        self.operators: dict[int, NormalOperator] = {}
+        self.examples: list[_Example] = []
+        self.validation: list[_Example] = []
+        self.step, self.best = 0, -math.inf
+        self.refreshed: dict[str, Tensor] | None = None  # the weights that the first passes were run with
+        self.joined = False
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world > 1 and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            self.joined = True
+
+    def close(self) -> None:
+        """Leave the process group, if it was joined here."""
+        if self.joined:
+            import torch
+
+            torch.distributed.destroy_process_group()
+
+    # -- scans ----------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> Iterator[TrainingUpdate]:
+        """Simulate all scans, with their starts and the gradients that patches need."""
+        total = len(self.objects) + len(self.held_out)
+        views = self.config.data.views
+        for i, (kind, seed) in enumerate([*self.objects, *self.held_out]):
+            held_out = i >= len(self.objects)
+            place = i - len(self.objects) if held_out else i * self.world + self.rank
+            example = self._example(kind, seed, views[place % len(views)])
+            (self.validation if held_out else self.examples).append(example)
+            yield TrainingUpdate("preparing", i + 1, total, seconds=self._seconds())
+
+    def _example(self, kind: str | Path, seed: int, views: int) -> _Example:
+        from napari_recon.physics.ramp_filtered import RampFiltered
+        from napari_recon.physics.xray import XRayTransform
+        from napari_recon.reconstruction.fdk import FDK
+        from napari_recon.reconstruction.start import brightness
+
+        truth, y = (t.to(self.device) for t in _simulate(kind, seed, self.config.data, views))
+        grid = Grid((self.config.data.size,) * 3, EXTENT / self.config.data.size)
+        xray = XRayTransform(_circle(grid, views), grid, device=self.device)
+        start = FDK()(y, xray)
+        example = _Example(truth, start, brightness(start) or 1.0, views)
+        if self.config.method.name == "unrolled":
+            if views not in self.physics:
+                self.physics[views] = RampFiltered(xray) if self.config.method.step == "ramp" else xray
+                if self.config.method.normal == "fit":
+                    from napari_recon.physics.normal import fit_normal_operator
+
+                    self.operators[views] = fit_normal_operator(self.physics[views], seed=self.config.seed)
+            physics = self.physics[views]
+            measured = physics.measurement(y) if isinstance(physics, RampFiltered) else y
+            example.noise_gradient = physics.A_adjoint(physics.A(truth) - measured) / self._norm(views)
+            example.start_gradient = self._normal(views, None)(start - truth)
+        return example
+
+    def _norm(self, views: int) -> float:
+        from napari_recon.reconstruction.start import operator_sqnorm
+
+        return operator_sqnorm(self.physics[views])
+
+    def _normal(self, views: int, box: Box | None) -> Callable[[Tensor], Tensor]:
+        """AᵀA / ‖A‖² of the volume (exactly), or on a patch (as configured)."""
+        norm, physics = self._norm(views), self.physics[views]
+        if box is None:
+            return lambda x: physics.A_adjoint_A(x) / norm
+        if views in self.operators:
+            h = self.operators[views].patch(box)
+            return lambda x: h.apply(x) / norm
+        patch: Any = physics
+        restricted = patch.restrict(box)
+        return lambda x: restricted.A_adjoint_A(x) / norm
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    def run(self, resume: bool) -> Iterator[TrainingUpdate]:
+        """Take the steps that are left."""
+        import torch
+
+        optimisation, validation = self.config.optimisation, self.config.validation
+        if resume:
+            self._resume()
+        loss_of = self._loss_module()
+        parameters = list(self.model.parameters())
+        saved = self.step
+        try:
+            while self.step < optimisation.steps:
+                if optimisation.refresh and self.step and self.step % optimisation.refresh == 0:
+                    self._refresh()
+                rate = self._learning_rate(self.step)
+                for group, factor in zip(self.optimiser.param_groups, self.rates, strict=True):
+                    group["lr"] = rate * factor
+                self.optimiser.zero_grad(set_to_none=True)
+                total = 0.0
+                for micro in range(optimisation.accumulation):
+                    loss = loss_of(micro) / optimisation.accumulation
+                    loss.backward()
+                    total += float(loss.detach())
+                if not math.isfinite(total):
+                    raise ScanError(
+                        f"Training diverged at step {self.step + 1}: lower optimisation.learning_rate, or lengthen its "
+                        f"warm-up; the best weights so far are kept."
+                    )
+                torch.nn.utils.clip_grad_norm_(parameters, optimisation.clip)
+                self.optimiser.step()
+                self.step += 1
+                figures, patch, truth = {"loss": total, "learning_rate": rate}, None, None
+                last = self.step == optimisation.steps
+                if self.rank == 0 and (last or self.step % validation.every == 0):
+                    found, patch, truth = self._validate()
+                    figures |= found
+                if self.rank == 0 and not last and self.step % self.config.checkpoint_every == 0:
+                    self._checkpoint()
+                    saved = self.step
+                yield TrainingUpdate("training", self.step, optimisation.steps, figures, self._seconds(), patch, truth)
+        except GeneratorExit:
+            # Between two steps: everything is whole.
+            if self.rank == 0 and saved < self.step < optimisation.steps:
+                if self.best == -math.inf:
+                    self._validate()
+                self._checkpoint()
+            raise
+        if self.rank == 0:
+            checkpoint_path(self.output).unlink(missing_ok=True)
+
+    def _learning_rate(self, step: int) -> float:
+        """Linear warm-up, then half a cosine down to a hundredth."""
+        o = self.config.optimisation
+        warm = min(1.0, (step + 1) / (o.warm_up + 1))
+        return o.learning_rate * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / o.steps)))
+
+    def _loss_module(self) -> nn.Module:
+        """The loss of a batch as a module, so that gradients are averaged over processes."""
+        import torch
+
+        trainer = self
+
+        class Loss(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = trainer.model
+
+            def forward(self, micro: int) -> Tensor:
+                return trainer._loss(micro)
+
+        module: nn.Module = Loss()
+        if self.world > 1:
+            module = torch.nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+        return module
+
+    def _loss(self, micro: int) -> Tensor:
+        """The mean error of a batch of random patches, in units of the volumes' brightness."""
+        import torch
+
+        from napari_recon.reconstruction.unrolled import UnrolledPGD
+
+        # Drawn afresh from what identifies the batch: resuming needs no generator's state.
+        rng = np.random.default_rng([self.config.seed, self.step, micro, self.rank])
+        drawn = [self._draw(rng) for _ in range(self.config.optimisation.batch)]
+        starts, truths = torch.cat([d.start for d in drawn]), torch.cat([d.truth for d in drawn])
+        scale = torch.tensor([d.scale for d in drawn], device=self.device).reshape(-1, 1, 1, 1, 1)
+        if isinstance(self.model, UnrolledPGD):
+
+            def gradient(x: Tensor) -> Tensor:
+                return torch.cat([d.gradient(part) for d, part in zip(drawn, x.split(1), strict=True)])
+
+            found = starts
+            for found in self.model.unroll(starts, gradient, scale):  # noqa: B007
+                pass
+        else:
+            found = self.model.denoise(starts, scale)
+        error = (found - truths) / scale
+        return error.abs().mean() if self.config.optimisation.loss == "l1" else error.square().mean()
+
+    def _draw(self, rng: np.random.Generator) -> _Patch:
+        """A random patch of a random scan, in one of the contexts."""
+        example = self.examples[int(rng.integers(len(self.examples)))]
+        corner = [int(rng.integers(n - self.patch + 1)) for n in example.truth.shape[2:]]
+        box: Box = tuple(slice(a, a + self.patch) for a in corner)  # type: ignore[assignment]
+        at = (..., *box)
+        start, truth, part, of_first = example.start, example.truth, 0.0, False
+        if rng.random() < self.config.optimisation.context_mix:
+            of_first = example.first is not None and rng.random() < 0.5
+            part = 1.0 if of_first else rng.random()
+        if example.noise_gradient is None or example.start_gradient is None:
+            return _Patch(truth[at], start[at], example.scale)
+        at_context = example.noise_gradient[at]
+        volume, gradient = start, example.start_gradient
+        if of_first and example.first is not None and example.first_gradient is not None:
+            volume, gradient = example.first, example.first_gradient
+        if part:
+            at_context = at_context + part * gradient[at]
+        context = truth[at] + part * (volume[at] - truth[at])
+        return _Patch(truth[at], volume[at], example.scale, at_context, context, self._normal(example.views, box))
+
+    # -- whole volumes --------------------------------------------------------------------------------------------
+
+    def _first_pass(self, example: _Example) -> Tensor:
+        """What the method makes of a scan whose truth is known; no projections are kept for it."""
+        import torch
+
+        from napari_recon.reconstruction.partitioned import Partition
+        from napari_recon.reconstruction.unrolled import UnrolledPGD, apply_by_patches
+
+        partition = Partition(example.truth.shape[2:], self.patch)
+        batch = self.config.optimisation.batch
+        x = example.start.clone()
+        with torch.no_grad():
+            if not isinstance(self.model, UnrolledPGD):
+                denoise = partial(self.model.denoise, scale=example.scale)
+                for _ in apply_by_patches(denoise, example.start, x, partition, batch):
+                    pass
+                return x
+            unrolled, normal = self.model, self._normal(example.views, None)
+            assert example.noise_gradient is not None
+            for k in range(unrolled.iterations):
+                gradient = normal(x - example.truth) + example.noise_gradient
+                x.sub_(unrolled.step_sizes[k] * gradient)
+                denoise = partial(unrolled.denoise, iteration=k, scale=example.scale)
+                for _ in apply_by_patches(denoise, x.clone(), x, partition, batch):
+                    pass
+        return x
+
+    def _refresh(self) -> None:
+        """Run the first pass on all scans, for its errors as context."""
+        if self.config.method.name != "unrolled" or not self.config.optimisation.context_mix:
+            return
+        self.refreshed = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
+        for example in self.examples:
+            example.first = self._first_pass(example)
+            example.first_gradient = self._normal(example.views, None)(example.first - example.truth)
+
+    def _validate(self) -> tuple[dict[str, float], NDArray[np.float32], NDArray[np.float32]]:
+        """Figures of first passes on the held-out scans; the weights are written if they are the best so far."""
+        import torch
+
+        from napari_recon.learning.networks import save_weights
+
+        inside = torch.from_numpy(_inside(self.config.data.size)).to(self.device)
+        found, begun = [], []
+        middle: Any = tuple(
+            slice((n - self.patch) // 2, (n - self.patch) // 2 + self.patch) for n in self.validation[0].truth.shape[2:]
+        )
+        for i, example in enumerate(self.validation):
+            x = self._first_pass(example)
+            found.append(_psnr(x, example.truth, inside))
+            begun.append(_psnr(example.start, example.truth, inside))
+            if i == 0:
+                patch, truth = (v[0, 0][middle].cpu().numpy() for v in (x, example.truth))
+        figures = {"psnr": float(np.mean(found)), "start_psnr": float(np.mean(begun))}
+        if figures["psnr"] > self.best or self.best == -math.inf:
+            self.best = figures["psnr"]
+            kept = figures | {"steps": float(self.step)}
+            save_weights(self.model, self.output, self._card(kept), self.config.model_dump(mode="json"), kept)
+        return figures | {"best_psnr": self.best}, patch, truth
+
+    def _card(self, figures: dict[str, float]) -> str:
+        data = self.config.data
+        source = f"volumes of {data.folder.name}" if data.folder else f"synthetic objects ({', '.join(data.kinds)})"
+        noise = "without noise" if data.photons is None else f"{data.photons:g} photons a pixel"
+        lines = [
+            self.config.card,
+            f"{self.config.method.name} with the network {self.config.network.name!r}, trained for {self.step} steps "
+            f"of {self.config.optimisation.batch * self.config.optimisation.accumulation * self.world} patches of "
+            f"{self.patch} voxels an edge, on {data.count} {source} of {data.size} voxels an edge, cone beam with "
+            f"{', '.join(map(str, data.views))} views, {noise}.",
+            f"Validation: {figures['psnr']:.2f} dB (its start {figures['start_psnr']:.2f} dB).",
+        ]
+        return "\n".join(line for line in lines if line)
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def _checkpoint(self) -> None:
+        import torch
+
+        path = checkpoint_path(self.output)
+        unfinished = path.with_name(path.name + ".partial")
+        state = {
+            "config": self.config.model_dump_json(),
+            "world": self.world,
+            "step": self.step,
+            "best": self.best,
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "refreshed": self.refreshed,
+        }
+        try:
+            torch.save(state, unfinished)
+            unfinished.replace(path)
+        except OSError as error:
+            raise ScanError(f"The checkpoint {path} cannot be written ({error.strerror}): make room.") from None
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def _resume(self) -> None:
+        import torch
+
+        path = checkpoint_path(self.output)
+        if not path.exists():
+            return
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            kept = json.loads(state["config"])
+        except Exception as error:  # whatever a damaged file makes torch raise
+            reason = str(error).partition("\n")[0]
+            raise ScanError(f"The checkpoint {path} cannot be read ({reason}): delete it to begin anew.") from None
+        wanted = self.config.model_dump(mode="json")
+        differing = [name for name in wanted if name != "device" and kept.get(name) != wanted[name]]
+        if differing or state["world"] != self.world:
+            what = ", ".join(differing) or "number of processes"
+            raise ScanError(
+                f"The checkpoint {path} belongs to another configuration (its {what} differs): delete it, give another "
+                "output, or use the configuration that it was begun with."
+            )
+        if state["refreshed"] is not None:
+            self.model.load_state_dict(state["refreshed"])
+            self._refresh()
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.step, self.best = state["step"], state["best"]
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+
+@dataclass
+class _Patch:
+    """A patch to train on, (1, 1, p, p, p), and what its gradient is made of."""
+
+    truth: Tensor
+    start: Tensor
+    scale: float
+    at_context: Tensor | float = 0.0
+    context: Tensor | float = 0.0
+    normal: Callable[[Tensor], Tensor] | None = None
+
+    def gradient(self, x: Tensor) -> Tensor:
+        """S g + S AᵀA Sᵀ (x − S x_c)."""
+        assert self.normal is not None
+        return self.at_context + self.normal(x - self.context)
+
+
+def _psnr(x: Tensor, truth: Tensor, inside: torch.Tensor) -> float:
+    error = (x.clamp(min=0) - truth)[..., inside].square().mean()
+    return 10 * math.log10(float(truth.max()) ** 2 / max(float(error), 1e-30))
