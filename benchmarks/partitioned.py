@@ -87,8 +87,8 @@ def run(size: int = 64, views: int = 60, patch: int | None = None, exact: bool =
         )
     timed("global FISTA", lambda: TV(ITERATIONS, REGULARIZATION, init=x_fdk)(y, physics))
     timed("global FISTA of deepinv", lambda: base(y, physics, init=(x_fdk, x_fdk)))
-    half = tv_patch_solver(physics, x_fdk, ITERATIONS // 2, REGULARIZATION)
-    for passes, solver in ((1, base), (2, half), (2, base)):
+    for passes in (1, 2, 3):
+        solver = tv_patch_solver(physics, x_fdk, math.ceil(ITERATIONS / passes), REGULARIZATION)
         recon = PartitionedReconstructor(solver, patch_size=patch, init=x_fdk, passes=passes)
         label = f"{passes} x {solver.max_iter}"
         x_exact, slow = None, 0.0
