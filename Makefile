@@ -7,6 +7,8 @@ READY := $(VENV)/.ready
 SCREEN := xvfb-run -a -s "-screen 0 1600x1000x24 +extension GLX"
 WINDOW = $(if $(DISPLAY)$(WAYLAND_DISPLAY),,$(SCREEN))
 
+NAME ?= all
+
 .PHONY: demo test test-all check bench install clean system
 
 install: $(READY)
@@ -39,7 +41,7 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[gui,hdf5,dev,rtk]" || echo "itk-rtk is not to be had here: its rows are left out"
-	$(SCREEN) $(BIN)/napari-recon bench all
+	$(SCREEN) $(BIN)/napari-recon bench $(NAME)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

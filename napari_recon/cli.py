@@ -30,7 +30,7 @@ SomeJob = TypeVar("SomeJob", "ReconstructionJob", "OperatorJob")
 
 app = typer.Typer(
     name="napari-recon",
-    help="3D reconstruction from X-ray projections: FDK, SIRT, TV, and TV patch by patch, seen in napari or not.",
+    help="3D reconstruction from X-ray projections: FDK, SIRT, TV, trained networks, seen in napari or not.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -120,14 +120,19 @@ def info(
 def reconstruct(
     scan: ScanPath,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="VOLUME", help="A .tif or .ome.zarr to write.")],
-    method: Annotated[Literal["fdk", "sirt", "tv"], typer.Option(help="tv works patch by patch, see --patch.")] = "tv",
+    method: Annotated[
+        Literal["fdk", "sirt", "tv", "unrolled"],
+        typer.Option(help="tv and unrolled (a trained network) work patch by patch, see --patch."),
+    ] = "tv",
     views: Views = None,
     binning: Binning = 1,
     axis_offset: AxisOffset = None,
     air_normalisation: Air = None,
     shape: Shape = None,
     voxel_size: VoxelSize = None,
-    iterations: Annotated[int | None, typer.Option(metavar="N", help="Iterations, of sirt or tv.")] = None,
+    iterations: Annotated[
+        int | None, typer.Option(metavar="N", help="Iterations, of sirt, tv or unrolled (by default as trained).")
+    ] = None,
     regularization: Annotated[
         float | None,
         typer.Option(metavar="R", help="Weight of the TV: 0.0003 keeps detail, 0.003 is smooth."),
@@ -135,9 +140,21 @@ def reconstruct(
     patch: Annotated[
         int | None, typer.Option(metavar="P", help="Edge of a patch in voxels; 0: the whole volume at once.")
     ] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Project every patch; no normal operator.")] = False,
-    operator: Annotated[Path | None, typer.Option(metavar="FILE", help="A normal operator from fit-operator.")] = None,
-    passes: Annotated[int | None, typer.Option(metavar="N", help="Sweeps over the patches.")] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="WEIGHTS", help="Of unrolled: the name of weights that ship, or a file from train."),
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="The same as --operator exact.")] = False,
+    operator: Annotated[
+        str | None,
+        typer.Option(
+            metavar="fit|exact|FILE",
+            help="The data step on patches: by a normal operator that is fitted, or from fit-operator; or projected.",
+        ),
+    ] = None,
+    passes: Annotated[
+        int | None, typer.Option(metavar="N", help="Sweeps over the patches; of unrolled, 1 or 2.")
+    ] = None,
     window: Annotated[
         Literal["ram-lak", "shepp-logan", "cosine", "hann"] | None, typer.Option(help="Ramp window, of fdk.")
     ] = None,
@@ -153,11 +170,17 @@ def reconstruct(
 
         if exact and operator is not None:
             raise ScanError("--exact and --operator exclude each other: give one of them.")
+        if weights is not None and method == "unrolled":
+            from napari_recon.learning.weights import find_weights, shipped_weights
+
+            found = find_weights(weights)  # a file is found again from anywhere
+            weights = weights if weights in shipped_weights() else str(found.absolute())
         given = {
             "iterations": iterations,
             "regularization": regularization,
+            "weights": weights,
             "patch": patch,
-            "operator": "exact" if exact else None if operator is None else str(operator),
+            "operator": "exact" if exact else operator,
             "passes": passes,
             "window": window,
         }

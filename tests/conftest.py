@@ -145,10 +145,10 @@ def pretend(monkeypatch):
 @pytest.fixture
 def said(monkeypatch):
     """What napari notified the person of: (severity, sentence)."""
-    from napari_recon.widgets import scan_dock, session
+    from napari_recon.widgets import scan_dock, session, train_dock
 
     heard = []
-    for module in (session, scan_dock):
+    for module in (session, scan_dock, train_dock):
         for name in ("show_error", "show_warning", "show_info"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, lambda text, s=name: heard.append((s.removeprefix("show_"), text)))

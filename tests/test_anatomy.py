@@ -9,7 +9,15 @@ import pytest
 import tifffile
 from scipy.ndimage import binary_erosion
 
-from napari_recon.learning.anatomy import FIELDS_OF_VIEW, KINDS, TISSUES, anatomy_grid, attenuation, make_anatomy
+from napari_recon.learning.anatomy import (
+    FIELDS_OF_VIEW,
+    KINDS,
+    TISSUES,
+    anatomy_grid,
+    attenuation,
+    make_anatomy,
+    with_random_contrasts,
+)
 from napari_recon.learning.phantoms import make_phantom
 from napari_recon.learning.simulate import circular_cone, jittered, scattered, simulate
 from napari_recon.scans import Grid, ScanError, open_scan
@@ -256,3 +264,19 @@ def test_anatomies_are_scanned_without_torch():
 
 def test_the_grid_of_a_kind_holds_it():
     assert anatomy_grid("head", 12).extent == (240.0, 240.0, 240.0)
+
+
+def test_random_contrasts_keep_the_shapes():
+    anatomy = make_anatomy("head", 3, size=24)
+    found = with_random_contrasts(anatomy, 5)
+    assert found.shape == anatomy.volume.shape
+    assert found.dtype == np.float32
+    assert np.array_equal(found, with_random_contrasts(anatomy, 5))
+    assert not np.array_equal(found, with_random_contrasts(anatomy, 6))
+    assert float(found.min()) >= 0
+    air = anatomy.volume < 1e-3 * anatomy.volume.max()
+    assert float(found[air].max()) < 0.01 * float(found.max())
+    # Within a tissue it is a scaled copy but for a soft texture; between tissues it is not.
+    label = np.bincount(anatomy.labels.ravel())[1:].argmax() + 1
+    ratio = found[anatomy.labels == label] / anatomy.volume[anatomy.labels == label]
+    assert ratio.std() < 0.2 * ratio.mean()

@@ -70,7 +70,7 @@ def test_the_gradient_of_a_training_patch_is_that_of_the_data(step, tmp_path):
     list(trainer.prepare())
     (example,) = trainer.examples
     trainer._refresh()
-    truth, y = _simulate(*trainer.objects[0], trainer.config.data, 7)
+    ((truth, y),) = _simulate(*trainer.objects[0], trainer.config.data, [7])
     assert torch.equal(truth, example.truth)
     physics = trainer.physics[7]
     if isinstance(physics, RampFiltered):
@@ -147,13 +147,41 @@ def test_a_trained_method_reconstructs_what_validation_saw(tmp_path):
     output = tmp_path / "w.safetensors"
     *_, last = stream_training(config(validation={"every": 6}), output)
     trainer = _Trainer(config(), output)
-    truth, y = _simulate(*trainer.held_out[0], trainer.config.data, 6)
-    example = trainer._example(*trainer.held_out[0], 6)
+    ((truth, y),) = _simulate(*trainer.held_out[0], trainer.config.data, [6])
+    (example,) = trainer._examples(*trainer.held_out[0], [6])
     physics = XRayTransform(trainer.physics[6].geometry, Grid((12, 12, 12), trainer.physics[6].grid.voxel_size), "cpu")
     with torch.no_grad():
         found = load_weights(output).model(y, physics)
     assert torch.equal(truth, example.truth)
     assert np.allclose(found[0, 0, 2:10, 2:10, 2:10].numpy(), last.patch, atol=1e-3 * float(truth.max()))
+
+
+def test_training_may_compute_in_half_precision(tmp_path):
+    last = train(config(optimisation={"mixed_precision": True}), tmp_path / "w.safetensors")
+    assert np.isfinite(last.figures["loss"])
+
+
+def test_only_the_network_sees_mirrored_volumes(tmp_path):
+    """Mirrored and turned back: the same training where the network does not know directions."""
+    losses = []
+    for flips in (True, False):
+        trainer = _Trainer(config(optimisation={"flips": flips}), tmp_path / "w.safetensors")
+        list(trainer.prepare())
+        network = trainer.model.networks[0]
+        with torch.no_grad():
+            for parameter in network.parameters():  # what is left is a scaled x
+                parameter.zero_()
+        losses.append([float(trainer._loss(k).detach()) for k in range(4)])
+        assert trainer.mirror.axes == []
+    assert losses[0] == pytest.approx(losses[1])
+
+
+def test_every_volume_is_scanned_with_every_number_of_views(tmp_path):
+    trainer = _Trainer(config(), tmp_path / "w.safetensors")
+    list(trainer.prepare())
+    assert [e.views for e in trainer.examples] == [6, 9] * 3
+    assert torch.allclose(trainer.examples[0].truth / trainer.examples[0].truth.max(),
+                          trainer.examples[1].truth / trainer.examples[1].truth.max())  # fmt: skip
 
 
 def test_patches_can_be_trained_with_a_normal_operator(tmp_path, monkeypatch):
@@ -272,7 +300,6 @@ def test_wrong_configurations_are_refused_in_a_sentence(text, named, tmp_path):
     [
         {"data": {"kinds": ["unicorn"]}},
         {"network": {"options": {"depth": 3}}},
-        {"optimisation": {"mixed_precision": True}},
         {"data": {"folder": "nowhere"}},
         {"device": "abacus"},
     ],

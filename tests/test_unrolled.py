@@ -14,6 +14,8 @@ from napari_recon.learning.phantoms import make_phantom
 from napari_recon.physics.normal import fit_normal_operator
 from napari_recon.physics.ramp_filtered import RampFiltered
 from napari_recon.reconstruction.partitioned import Partition
+from napari_recon.reconstruction.start import start_volume
+from napari_recon.reconstruction.tv import TV, PreconditionedTV
 from napari_recon.reconstruction.unrolled import PostProcessing, UnrolledPGD, apply_by_patches
 from napari_recon.scans import ScanError
 
@@ -138,6 +140,59 @@ def test_an_iteration_without_a_network_is_a_gradient_step(physics, y):
 def test_the_unit_of_the_attenuation_does_not_matter(make, physics, y):
     model = make(small_network(), patch_size=8)
     assert difference(model(100 * y, physics), 100 * model(y, physics)) < 1e-4
+
+
+@torch.no_grad()
+def test_several_data_steps_without_a_network_are_accelerated_projected_gradient(physics, y):
+    """What TV without a weight does, from the same start."""
+    ramp = RampFiltered(physics)
+    unrolled = UnrolledPGD(nn.Identity(), iterations=1, step_size=1.0, data_steps=6, nonnegative=True)
+    start = FDK()(y, physics).clamp(min=0)
+    control = TV(6, regularization=0.0)(ramp.measurement(y), ramp, init=start)
+    found = unrolled(y, physics, init=start)
+    plain = UnrolledPGD(nn.Identity(), iterations=6, step_size=1.0)(y, physics)
+    assert float(found.min()) >= 0
+
+    def residual(x):
+        return float((ramp.A(x) - ramp.measurement(y)).norm())
+
+    assert residual(found) < residual(plain.clamp(min=0))
+    assert residual(found) == pytest.approx(residual(control), rel=0.05)  # which restarts where momentum points uphill
+
+
+@pytest.mark.parametrize("start", ["tv", "least-squares"])
+def test_a_quick_start_is_streamed_as_a_part_of_the_whole(start, physics, y):
+    model = UnrolledPGD(nn.Identity(), iterations=1, data_steps=2, patch_size=12, passes=2, init=start)
+    updates = [(u.step, u.values.clone(), u.total) for u in model.stream(y, physics)]
+    quick = [u.values.clone() for u in PreconditionedTV.of(start).stream(y, physics)]
+    assert [step for step, _, _ in updates] == list(range(updates[-1][2] + 1))
+    for (_, values, _), expected in zip(updates, quick, strict=False):
+        assert torch.allclose(values, expected, atol=1e-5 * float(expected.abs().max()))
+    assert len(updates) > len(quick)
+
+
+@torch.no_grad()
+def test_a_quick_start_is_nearer_to_the_truth_than_fdk(physics, y, truth):
+    errors = {s: float((start_volume(s, y, physics) - truth).norm()) for s in ("fdk", "least-squares", "tv")}
+    assert max(errors["tv"], errors["least-squares"]) < errors["fdk"]
+
+
+@torch.no_grad()
+def test_a_quick_start_knows_filtered_projections(physics, y, truth):
+    ramp = RampFiltered(physics)
+    found, other = start_volume("tv", ramp.measurement(y), ramp), start_volume("tv", y, physics)
+    assert float((found - other).norm()) < 0.1 * float(other.norm())
+
+
+@torch.no_grad()
+def test_a_slice_is_seen_as_a_part_of_an_object_that_goes_on():
+    network = small_network()
+    x = torch.rand(1, 1, 1, 12, 16)
+    found = PostProcessing(network).denoise(x, 1.0)
+    expected = network(x.expand(-1, -1, 16, -1, -1))
+    assert found.shape == x.shape
+    assert torch.allclose(found[:, :, 0], expected[:, :, 8])
+    assert float((found - network(x)).abs().max()) > 1e-6
 
 
 def test_copies_of_the_network_learn_apart():
@@ -307,7 +362,14 @@ def test_the_patch_under_the_cursor_comes_first(physics, y):
 
 @pytest.mark.parametrize(
     "options",
-    [{"iterations": 0}, {"step": "newton"}, {"passes": 2}, {"passes": 0}, {"patch_size": 8, "batch": 0}],
+    [
+        {"iterations": 0},
+        {"data_steps": 0},
+        {"step": "newton"},
+        {"passes": 2},
+        {"passes": 0},
+        {"patch_size": 8, "batch": 0},
+    ],
 )
 def test_wrong_options_are_refused_in_a_sentence(options):
     with pytest.raises(ScanError, match=r"^[^\n]+$"):
@@ -340,7 +402,9 @@ def test_wrong_pieces_are_refused_in_a_sentence(physics, y, operator):
     [
         lambda n: UnrolledPGD(n, 2, tied=False, patch_size=8, passes=2),
         lambda n: UnrolledPGD(n, 1, step="gradient"),
+        lambda n: UnrolledPGD(n, 1, data_steps=3, nonnegative=True, init="tv"),
         PostProcessing,
+        lambda n: PostProcessing(n, init="least-squares"),
     ],
 )
 def test_weights_come_back_as_they_were(make, physics, y, tmp_path):

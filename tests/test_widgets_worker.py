@@ -130,6 +130,31 @@ def test_measured_data_are_reconstructed(dock, said, qtbot, name, options, ndisp
     assert not [text for severity, text in said if severity == "error"]
 
 
+def test_a_trained_network_runs_in_two_passes(dock, said, qtbot, tmp_path):
+    file = tmp_path / "tiny.safetensors"
+    code = f"""
+from napari_recon.learning.networks import make_network, save_weights
+from napari_recon.reconstruction.unrolled import UnrolledPGD
+training = {{"data": {{"size": 32, "views": [10]}}}}
+save_weights(UnrolledPGD(make_network(width=4, scales=2), 1, init="tv"), {str(file)!r}, training=training)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)  # no torch in this process: see conftest.py
+    dock.session.weights_file = str(file)
+    dock.session.weights_file_changed.emit()
+    form = dock.forms[dock.method.currentIndex()]
+    form.set_value(form.value().model_copy(update={"patch": 16, "operator": "exact"}))
+    qtbot.waitUntil(lambda: "views = [24] at size = 32" in dock.warning.text(), timeout=LONG)
+    press(qtbot, dock.run)
+    qtbot.waitUntil(lambda: bool(dock.ended), timeout=LONG)
+    assert isinstance(dock.ended[0], Finished), dock.ended
+    fdk, result = dock.session.viewer.layers
+    assert (fdk.name, result.name) == ("FDK", "Unrolled network tiny")
+    assert not np.array_equal(fdk.data, result.data)
+    assert len(result.metadata["napari_recon"]["provenance"]["weights"]["sha256"]) == 64
+    assert [text for severity, text in said if severity == "warning" and "views = [24]" in text]
+    assert not [text for severity, text in said if severity == "error"]
+
+
 def test_a_killed_process_leaves_the_viewer_the_volume_and_a_remedy(dock, said, qtbot):
     form = dock.forms[dock.method.currentIndex()]
     form.set_value(form.value().model_copy(update={"iterations": 200}))

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt
 
+from napari_recon.learning.training import TrainingConfig
 from napari_recon.scans.scan import ScanOptions
 
 
@@ -87,7 +88,46 @@ class TVParameters(_Frozen):
     )
 
 
-Parameters = Annotated[FDKParameters | SIRTParameters | TVParameters, Field(discriminator="method")]
+class UnrolledParameters(_Frozen):
+    """Data steps and a trained network in turn (or the network after FDK), by patches, in one pass or two."""
+
+    method: Literal["unrolled"] = "unrolled"
+    weights: str = Field(
+        default="unrolled",
+        title="Weights",
+        description="What the network learned: weights by their name, or a file that 'napari-recon train' made.",
+    )
+    iterations: int | None = Field(
+        default=None,
+        ge=1,
+        le=100,
+        title="Iterations",
+        description="How often data steps and the network take turns; none takes as many as were trained. More repeat "
+        "the last one's step size, where all share one network.",
+    )
+    patch: int | None = Field(
+        default=48,
+        ge=8,
+        title="Patch",
+        description="Edge of a patch in voxels; none gives the network the whole volume at once.",
+    )
+    operator: str = Field(
+        default="fit",
+        title="Data step",
+        description="Of the second pass: 'fit' approximates the data step by m and λ, fitted to the scan; 'exact' "
+        "projects every patch; or an operator file.",
+    )
+    passes: Literal[1, 2] = Field(
+        default=2,
+        title="Passes",
+        description="1: data steps on the whole volume, the network by patches; 2: then every patch takes steps of its "
+        "own, in the context of the first pass.",
+    )
+
+
+Parameters = Annotated[
+    FDKParameters | SIRTParameters | TVParameters | UnrolledParameters, Field(discriminator="method")
+]
 
 
 class _ScanJob(_Frozen):
@@ -237,5 +277,31 @@ class PatchJob(_ScanJob):
     seed: int = 0
 
 
-Job = ReconstructionJob | OperatorJob | PatchJob
+class TrainJob(_Frozen):
+    """Train a learned method; of all jobs the one that needs no scan.
+
+    Attributes
+    ----------
+    training
+        What is trained on, what, how, and how long: the contents of a CONFIG.toml.
+    output
+        Weights to write (.safetensors): the best so far, from the first validation on.
+    resume
+        Go on from the checkpoint beside the output where there is one; False begins anew.
+    """
+
+    training: TrainingConfig = TrainingConfig()
+    output: Path
+    resume: bool = True
+
+    @property
+    def device(self) -> str:
+        """Of the training: "auto", "cpu" or "cuda"."""
+        return self.training.device
+
+
+ScanJob = ReconstructionJob | OperatorJob | PatchJob
+"""The jobs of a scan."""
+
+Job = ScanJob | TrainJob
 """Whatever :func:`~napari_recon.jobs.run_job` runs."""

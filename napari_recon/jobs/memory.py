@@ -8,19 +8,34 @@ import re
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from napari_recon.jobs.job import Job, OperatorJob, PatchJob, ReconstructionJob, TVParameters
+from napari_recon.jobs.job import (
+    Job,
+    OperatorJob,
+    PatchJob,
+    ReconstructionJob,
+    ScanJob,
+    TrainJob,
+    TVParameters,
+    UnrolledParameters,
+)
+from napari_recon.learning.weights import find_weights, read_header
 
 if TYPE_CHECKING:
+    from napari_recon.learning.training import TrainingConfig
     from napari_recon.scans import Geometry, Grid, Scan
 
 _FLOAT = 4
 _BATCH = 64 * 2**20
 """How much of the projections is read, and filtered, at a time."""
 _CUDA_LIBRARIES = 2 * 2**30
+_CONVOLUTIONS = 96 * 2**20
+"""Compiled convolutions and their scratch, whatever the patch."""
+_FEWER = "train on fewer or smaller volumes, or with a smaller patch, batch or network"
 _FULL = 0.9
 """How much of the free memory a job may plan to take."""
 
@@ -68,31 +83,41 @@ def plan_memory(job: Job, scan: Scan | None = None) -> MemoryPlan:
     ScanError
         If the scan cannot be opened or the grid is impossible.
     """
+    on_gpu = _gpu_free(job.device) is not None
+    if isinstance(job, TrainJob):
+        if job.training.data.scans is not None:  # to open them all for every change of a form takes too long
+            free = available_memory()
+            sentence = f"What scans of one's own need shows when they are read; {readable(free)} are free."
+            return MemoryPlan(0, 0, free, True, {}, sentence)
+        return _plan(job, _training_items(job.training, on_gpu), on_gpu, "This training", lambda *_: _FEWER)
     if scan is None:
         from napari_recon.scans import open_scan
 
         scan = open_scan(job.scan, job.options)
-    grid = scan.default_grid(job.shape, job.voxel_size)
-    on_gpu = _gpu_free(job.device) is not None
-    items = _items(job, scan.geometry, grid, on_gpu)
+    geometry, grid = scan.geometry, scan.default_grid(job.shape, job.voxel_size)
+    items = _items(job, geometry, grid, on_gpu)
+    what = f"A volume of {' x '.join(map(str, grid.shape))} voxels from {geometry.views} projections"
+    return _plan(job, items, on_gpu, what, lambda needed, free: _remedy(job, geometry, grid, items, needed, free))
+
+
+def _plan(job: Job, items: dict[str, int], on_gpu: bool, what: str, remedy: Callable[[int, int], str]) -> MemoryPlan:
+    """The plan of a job that needs ``items``; ``remedy`` says what to do where too little of what it needs is free."""
     host = sum(n for name, n in items.items() if not name.startswith("GPU: "))
     device = sum(n for name, n in items.items() if name.startswith("GPU: "))
     free_host, free_device = available_memory(), _gpu_free(job.device) or 0
     fits_host, fits_device = host <= _FULL * free_host, device <= _FULL * free_device
     tight = fits_host and on_gpu
     needed, free, where = (device, free_device, "GPU memory") if tight else (host, free_host, "memory")
-    shape = " x ".join(map(str, grid.shape))
     if fits_host and (fits_device or not on_gpu):
         sentence = f"Needs about {readable(needed)} of {readable(free)} free {where}."
     else:
         sentence = (
-            f"A volume of {shape} voxels from {scan.geometry.views} projections needs about {readable(needed)} of "
-            f"{where} and {readable(free)} are free: {_remedy(job, scan.geometry, grid, items, needed, free)}."
+            f"{what} needs about {readable(needed)} of {where} and {readable(free)} are free: {remedy(needed, free)}."
         )
     return MemoryPlan(host, device, free, fits_host and (fits_device or not on_gpu), items, sentence)
 
 
-def _items(job: Job, geometry: Geometry, grid: Grid, on_gpu: bool) -> dict[str, int]:
+def _items(job: ScanJob, geometry: Geometry, grid: Grid, on_gpu: bool) -> dict[str, int]:
     """Bytes by purpose: what stays while the job runs, and the one step that takes most beyond that.
 
     How many volumes and sets of projections a step takes was counted by running it (see the tests).
@@ -119,6 +144,30 @@ def _items(job: Job, geometry: Geometry, grid: Grid, on_gpu: bool) -> dict[str, 
     }
 
 
+def _training_items(training: TrainingConfig, on_gpu: bool) -> dict[str, int]:
+    """Bytes by purpose of a training: its scans, which stay, and a patch's way through the network and back.
+
+    The features that a voxel leaves for the way back were counted with torch's saved tensors.
+    """
+    data, optimisation = training.data, training.optimisation
+    volume = data.size**3 * _FLOAT
+    scans = (data.count + training.validation.count) * len(data.views)
+    unrolled = training.method.name == "unrolled"
+    options = training.network.options
+    width, blocks = int(options.get("width", 24)), int(options.get("blocks", 1))
+    features = {"light": width * (3 + 8 * blocks), "unet": 760, "drunet": 1525}[training.network.name]
+    applied = training.method.iterations if unrolled else 1
+    patch = min(optimisation.patch, data.size) ** 3 * _FLOAT
+    kept = {
+        "scans": scans * volume * (6 if unrolled else 2),
+        "patches": round(1.3 * features * applied * optimisation.batch * patch),
+    }
+    simulating = 8 * 3 * volume  # twice as fine, with its projections
+    if not on_gpu:
+        return {"simulating": simulating, **kept}
+    return {"libraries": _CUDA_LIBRARIES, "simulating": simulating, **{f"GPU: {n}": b for n, b in kept.items()}}
+
+
 Needs = tuple[int, dict[str, int], dict[str, int]]
 """Bytes of the volumes that are shown, of what stays, and of the steps."""
 
@@ -139,7 +188,37 @@ def _reconstruction_needs(job: ReconstructionJob, grid: Grid, volume: int, proje
             steps["patches"] += 8 * 8 * patch  # spectra of twice the patch
             if parameters.operator == "fit":
                 steps[_FITTING] = _fit_bytes(grid, terms=1, probes=4) + 2 * projections
+    elif isinstance(parameters, UnrolledParameters):
+        header = read_header(find_weights(parameters.weights))
+        edge = parameters.patch or max(grid.shape)
+        patch = math.prod(min(edge, n) for n in grid.shape)
+        stay["network"] = _CONVOLUTIONS + 2 * header.path.stat().st_size
+        steps["patches"] = 6 * volume + 3 * projections + network_bytes(header.model) * patch
+        if header.model["method"] == "unrolled":
+            steps["data step"] = 10 * volume + 12 * projections  # which the ramp filter pads
+            if parameters.passes > 1 and parameters.operator != "exact":
+                stay["normal operator"] = _padded(grid) // 2 + volume
+                steps["patches"] += 8 * 8 * patch * _FLOAT
+                if parameters.operator == "fit":
+                    steps[_FITTING] = _fit_bytes(grid, terms=1, probes=4) + 12 * projections
     return volume * (1 if parameters.method == "fdk" else 2), stay, steps
+
+
+def network_bytes(model: dict[str, Any]) -> int:
+    """What a voxel of a volume takes while a network works on it; see the tests.
+
+    Parameters
+    ----------
+    model
+        Of a :class:`~napari_recon.learning.weights.WeightsHeader`.
+    """
+    network = model.get("network", {})
+    name, options = network.get("name", "light"), network.get("options", {})
+    if name == "light":
+        features = options.get("width", 24)
+    else:
+        features = (options.get("channels_per_scale") or options.get("nc") or [64])[0]
+    return 8 * _FLOAT * int(features) + 200
 
 
 def _operator_needs(job: OperatorJob | PatchJob, grid: Grid, volume: int, projections: int) -> Needs:
@@ -192,11 +271,16 @@ def _remedy(job: Job, geometry: Geometry, grid: Grid, items: dict[str, int], nee
             advice.append("one kernel")
         if fitting and job.parameters.probes > 8:
             advice.append("fewer probes")
-    elif isinstance(job, ReconstructionJob) and isinstance(parameters := job.parameters, TVParameters):
+    elif isinstance(job, ReconstructionJob) and isinstance(
+        parameters := job.parameters, TVParameters | UnrolledParameters
+    ):
         if parameters.patch is None:
-            advice.append("a patch of 64")
+            advice.append(f"a patch of {type(parameters).model_fields['patch'].default}")
         elif fitting:
             advice.append("the exact data step")
+        elif isinstance(parameters, UnrolledParameters):
+            if "patches" in max(items, key=lambda name: items[name]) and parameters.patch > 16:
+                advice.append("a smaller patch")
         elif 94 * math.prod(min(parameters.patch, n) for n in grid.shape) * _FLOAT > 0.1 * needed:
             advice.append("a smaller patch")
     if any(name.startswith("GPU: ") for name in items):

@@ -15,25 +15,35 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from napari_recon.jobs.job import FDKParameters, ReconstructionJob, SIRTParameters, TVParameters
-from napari_recon.jobs.memory import drop_frames, is_out_of_memory, peak_memory, release_memory
+from napari_recon.jobs.job import FDKParameters, ReconstructionJob, SIRTParameters, TVParameters, UnrolledParameters
+from napari_recon.jobs.memory import drop_frames, is_out_of_memory, network_bytes, peak_memory, release_memory
 from napari_recon.jobs.messages import Finished, Message, Notice, Stage
 from napari_recon.jobs.stages import JobCancelled, Run, advance, keep_operator, operator_file
+from napari_recon.learning.weights import WeightsHeader, find_weights, outside_training, read_header
 from napari_recon.scans.errors import ScanError
 
 if TYPE_CHECKING:  # torch is imported where a job runs, not where jobs are made
     import torch
+    from deepinv.physics import LinearPhysics
 
     from napari_recon.physics import NormalOperator, XRayTransform
     from napari_recon.reconstruction import Update
+    from napari_recon.reconstruction.unrolled import UnrolledPGD
 
 QUICK_FIT: dict[str, Any] = {"probes": 4, "iterations": 2, "positions": 3}
 """How a job fits: a person waits. About half the time of the full fit, which ``fit-operator`` makes, for nearly its
 errors (docs/benchmarks.md)."""
+SMALLEST_PATCH = 16
+"""Edge in voxels below which patches are not halved where memory runs out."""
+TV_BYTES = 400
+"""What a voxel of a patch takes with H and total variation: padded spectra, iterates, duals."""
 
 
 class ReconstructionRun(Run[ReconstructionJob]):
     """The run of a reconstruction."""
+
+    header: WeightsHeader | None = None
+    """What the weights say of themselves, where the method has some."""
 
     def messages(self) -> Iterator[Message]:
         """All stages; see the module."""
@@ -41,6 +51,9 @@ class ReconstructionRun(Run[ReconstructionJob]):
         parameters = job.parameters
         yield from self.read()
         control.checkpoint()
+        if self.header is not None:
+            for sentence in outside_training(self.header.training, self.scan.geometry, self.grid):
+                yield Notice(sentence)
         # FDK is always computed and shown: it is what to beat, and where the methods start.
         yield from self.fdk(parameters.window if isinstance(parameters, FDKParameters) else "ram-lak")
         control.checkpoint()
@@ -63,110 +76,173 @@ class ReconstructionRun(Run[ReconstructionJob]):
         yield Finished(self.figures, seconds, peak_memory(), output, self.complete, made_by)
 
     def check(self) -> None:
-        """The output must be one that can be written."""
+        """The output must be one that can be written, and weights must be there."""
         if self.job.output is not None:
             from napari_recon.jobs.volumes import check_output
 
             check_output(self.job.output)
+        if isinstance(self.job.parameters, UnrolledParameters):
+            self.header = read_header(find_weights(self.job.parameters.weights))
 
     def _reconstruct(self) -> Iterator[Message]:
         parameters = self.job.parameters
-        if isinstance(parameters, TVParameters) and parameters.patch is not None:
-            patch, begin = parameters.patch, self.start
-            operator = yield from self._operator(parameters)
-            yield Stage("reconstructing", parameters.method)
-            if self.control.finishing:
-                yield from self._finish_early()
-                return
-            try:
-                yield from self.follow(self._partitioned(parameters, patch, operator, begin), "result")
-            except Exception as error:
-                if not is_out_of_memory(error) or patch <= 16:
-                    raise
-                drop_frames(error)
-                patch = max(16, patch // 2)
-            else:
-                return
-            import torch
-
-            release_memory()
-            yield Notice(f"Memory ran out, so the patch was halved to {patch} voxels and the job goes on.")
-            if "result" in self.control.volumes:
-                begin = torch.from_numpy(self.control.volumes["result"].copy())[None, None].to(self.y.device)
-            yield from self.follow(self._partitioned(parameters, patch, operator, begin), "result")
-            return
+        updates = yield from self._method()
         yield Stage("reconstructing", parameters.method)
         if self.control.finishing:
             yield from self._finish_early()
             return
-        if isinstance(parameters, SIRTParameters):
-            from napari_recon.reconstruction import SIRT
+        patch: int | None = getattr(parameters, "patch", None)
+        while True:
+            try:
+                yield from self.follow(updates(patch), "result")
+                break
+            except Exception as error:
+                if not is_out_of_memory(error) or patch is None or patch <= SMALLEST_PATCH:
+                    raise
+                drop_frames(error)
+            patch = max(SMALLEST_PATCH, patch // 2)
+            release_memory()
+            yield Notice(f"Memory ran out, so the patch was halved to {patch} voxels and the job goes on.")
+        if isinstance(parameters, UnrolledParameters):  # told of its data steps, not of what the network made of them
+            self.figures.clear()
 
-            method: Any = SIRT(iterations=parameters.iterations, nonnegative=parameters.nonnegative)
-        else:
+    def _method(self) -> Generator[Message, None, Callable[[int | None], Iterator[Update]]]:
+        """What the job's method tells of, by patches of an edge where it has patches."""
+        parameters = self.job.parameters
+        if isinstance(parameters, UnrolledParameters):
+            return (yield from self._learned(parameters))
+        if isinstance(parameters, TVParameters) and parameters.patch is not None:
+            return (yield from self._partitioned(parameters))
+        if isinstance(parameters, TVParameters):
             from napari_recon.reconstruction import TV
 
-            assert isinstance(parameters, TVParameters)
-            method = TV(iterations=parameters.iterations, regularization=parameters.regularization)
-        yield from self.follow(method.stream(self.y, self.physics, init=self.start), "result")
+            method: Any = TV(iterations=parameters.iterations, regularization=parameters.regularization)
+        else:
+            from napari_recon.reconstruction import SIRT
+
+            assert isinstance(parameters, SIRTParameters)
+            method = SIRT(iterations=parameters.iterations, nonnegative=parameters.nonnegative)
+        return lambda _: method.stream(self.y, self.physics, init=self.start)
 
     def _partitioned(
-        self, parameters: TVParameters, patch: int, operator: NormalOperator | None, start: torch.Tensor
-    ) -> Iterator[Update]:
-        """Updates of TV by patches, with ``operator`` in place of AᵀA where there is one."""
+        self, parameters: TVParameters
+    ) -> Generator[Message, None, Callable[[int | None], Iterator[Update]]]:
+        """TV by patches, with H in place of AᵀA unless the job wants it exact."""
         from napari_recon.physics import DiagCirculantWrapper
         from napari_recon.reconstruction import PartitionedReconstructor
         from napari_recon.reconstruction.tv import tv_patch_solver
 
-        size, physics = (1, *self.grid.shape), self.physics
+        operator = yield from self._operator(parameters.operator, self.physics)
+        size, physics, device = (1, *self.grid.shape), self.physics, self.y.device
+        wrapped = DiagCirculantWrapper(physics=physics, img_size=size, scaling=1.0, device=device)
         iterations = math.ceil(parameters.iterations / parameters.passes)
-        method = PartitionedReconstructor(
-            base_reconstructor=tv_patch_solver(physics, self.start, iterations, parameters.regularization),
-            img_size=size,
-            patch_size=patch,
-            passes=parameters.passes,
-            batch=patches_at_once(patch, self.y.device),
-        )
-        wrapped = DiagCirculantWrapper(physics=physics, img_size=size, scaling=1.0, device=self.y.device)
-        return method.stream(
-            self.y,
-            physics if operator is None else wrapped,
-            operator=operator,
-            init=start,
-            focus=lambda: self.control.point,
-        )
 
-    def _operator(self, parameters: TVParameters) -> Generator[Message, None, NormalOperator | None]:
-        """The normal operator that the job asks for: none, a file's, the last job's, the disk's, or a new fit."""
+        def updates(patch: int | None) -> Iterator[Update]:
+            import torch
+
+            assert patch is not None
+            start, so_far = self.start, self.control.volumes.get("result")
+            if so_far is not None:  # memory ran out amid it
+                start = torch.from_numpy(so_far.copy())[None, None].to(device)
+            method = PartitionedReconstructor(
+                base_reconstructor=tv_patch_solver(physics, self.start, iterations, parameters.regularization),
+                img_size=size,
+                patch_size=patch,
+                passes=parameters.passes,
+                batch=patches_at_once(patch, device, TV_BYTES),
+            )
+            return method.stream(
+                self.y,
+                physics if operator is None else wrapped,
+                operator=operator,
+                init=start,
+                focus=lambda: self.control.point,
+            )
+
+        return updates
+
+    def _learned(
+        self, parameters: UnrolledParameters
+    ) -> Generator[Message, None, Callable[[int | None], Iterator[Update]]]:
+        """An unrolled network, or one after FDK: the weights tell."""
+        from napari_recon.learning.networks import load_weights
+        from napari_recon.reconstruction.unrolled import UnrolledPGD
+
+        header, device = self.header, self.y.device
+        assert header is not None
+        model = load_weights(header.path, device).model
+        self.used["weights"] = {"name": parameters.weights, "sha256": header.digest(), "card": header.card}
+        options: dict[str, Any] = {}
+        if isinstance(model, UnrolledPGD):
+            if parameters.iterations is not None:
+                set_iterations(model, parameters.iterations)
+            model.passes = parameters.passes
+            if model.passes > 1 and parameters.operator != "exact":
+                options["operator"] = yield from self._step_operator(parameters.operator, model)
+        elif parameters.iterations is not None:
+            raise ScanError(
+                f"The weights {parameters.weights} are a network after {str(model.init).upper()}, which has no "
+                "iterations: leave them out."
+            )
+        if model.init in (None, "fdk"):
+            options["init"] = self.start  # not computed again
+        stepped = self.prepared.things.get("physics of ramp steps")
+        if stepped is not None:  # nor this, where H was fitted to it
+            options["ramp"] = stepped
+
+        def updates(patch: int | None) -> Iterator[Update]:
+            # As whole as can be where no patches are asked for: the second pass goes by patches, if by one.
+            model.patch_size = max(self.grid.shape) if patch is None else patch
+            model.stride = None
+            model.batch = 1 if patch is None else patches_at_once(patch, device, network_bytes(header.model))
+            return model.stream(self.y, self.physics, focus=lambda: self.control.point, **options)
+
+        return updates
+
+    def _step_operator(self, wanted: str, model: UnrolledPGD) -> Generator[Message, None, NormalOperator | None]:
+        """H of an unrolled network's steps, which may be other than AᵀA."""
+        stepped = self.prepared.get(f"physics of {model.step} steps", lambda: model.step_physics(self.physics))
+        try:
+            return (yield from self._operator(wanted, stepped))
+        except ScanError:
+            if stepped is self.physics or wanted == "fit":
+                raise
+            self.load_operator(wanted)  # refused for a reason of its own?
+            raise ScanError(
+                f"The operator file {wanted} stands for AᵀA, and these weights take ramp-filtered steps, AᵀFA: use "
+                "'fit', which fits H to those, or 'exact'."
+            ) from None
+
+    def _operator(self, wanted: str, physics: LinearPhysics) -> Generator[Message, None, NormalOperator | None]:
+        """The normal operator of a physics: none, a file's, the last job's, the disk's, or a new fit."""
         from napari_recon.physics import NormalOperator
 
-        if parameters.operator == "exact":
+        if wanted == "exact":
             return None
-        device = self.y.device
-        if parameters.operator != "fit":
-            return self.load_operator(parameters.operator)
-        kept = self.prepared.things
-        name = f"operator {self.job.seed}"
+        if wanted != "fit":
+            return self.load_operator(wanted, physics)
+        kept, seed = self.prepared.things, self.job.seed
+        name = f"operator of {type(physics).__name__} {seed}"
         if name not in kept:
-            file = operator_file(self.physics, self.job.seed, QUICK_FIT)
+            file = operator_file(physics, seed, QUICK_FIT)
             operator = None
             with contextlib.suppress(ScanError, OSError):  # not there, damaged, or from another version
-                operator = NormalOperator.load(file, self.physics, device)
+                operator = NormalOperator.load(file, physics, self.y.device)
                 file.touch()  # used last, so forgotten last
             if operator is None:
-                operator = yield from self._fit()
+                operator = yield from self._fit(physics)
                 if operator is None:
                     return None
-                keep_operator(operator, file, self.physics)
+                keep_operator(operator, file, physics)
             kept[name] = operator
         return kept[name]
 
-    def _fit(self) -> Generator[Message, None, NormalOperator | None]:
+    def _fit(self, physics: LinearPhysics) -> Generator[Message, None, NormalOperator | None]:
         from napari_recon.physics.normal import stream_normal_operator_fit
 
         name = "fitting the normal operator"
         yield Stage(name)
-        updates = stream_normal_operator_fit(self.physics, seed=self.job.seed, device=self.y.device, **QUICK_FIT)
+        updates = stream_normal_operator_fit(physics, seed=self.job.seed, device=self.y.device, **QUICK_FIT)
         operator = None
         while (update := advance(updates)) is not None:
             operator = update.operator
@@ -238,14 +314,45 @@ def relative_residual(
     return (error / power) ** 0.5 if power > 0 else float("inf")
 
 
-def patches_at_once(patch: int, device: torch.device) -> int:
-    """How many patches of an edge the solver gets at once: one on the CPU, more on a GPU that they would leave idle.
+def set_iterations(model: UnrolledPGD, iterations: int) -> None:
+    """Let an unrolled network take another number of iterations than it was trained with.
 
-    A voxel of a patch costs about 400 bytes with H and total variation: padded spectra, iterates, duals.
+    Fewer are its first ones. More repeat its last step size.
+
+    Raises
+    ------
+    ScanError
+        If it has a network for each iteration, and so none for more.
+    """
+    import torch
+
+    trained = model.iterations
+    if iterations > trained and not model.tied:
+        raise ScanError(
+            f"The weights have a network for each of their {trained} iterations, and none for {iterations}: ask for "
+            f"{trained} at most."
+        )
+    sizes = model.step_sizes.detach()
+    repeated = sizes[-1:].expand(max(0, iterations - trained), *sizes.shape[1:])
+    model.step_sizes = torch.nn.Parameter(torch.cat([sizes[:iterations], repeated]))
+    model.iterations = iterations
+
+
+def patches_at_once(patch: int, device: torch.device, voxel_bytes: int) -> int:
+    """How many patches of an edge are computed at once: one on the CPU, more on a GPU that they would leave idle.
+
+    Parameters
+    ----------
+    patch
+        Its edge in voxels.
+    device
+        Where they are computed.
+    voxel_bytes
+        What a voxel of a patch takes.
     """
     if device.type != "cuda":
         return 1
     import torch
 
     free = torch.cuda.mem_get_info(device)[0]
-    return max(1, min(16, int(0.25 * free / (400 * patch**3))))
+    return max(1, min(16, int(0.25 * free / (voxel_bytes * patch**3))))

@@ -10,19 +10,20 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-from napari_recon.jobs.job import Job, OperatorJob, PatchJob, ReconstructionJob, TVParameters
+from napari_recon.jobs.job import Job, OperatorJob, PatchJob, ReconstructionJob, TrainJob
 from napari_recon.jobs.memory import is_out_of_memory, release_memory, reset_peak
 from napari_recon.jobs.messages import Cancelled, Failed, Message
 from napari_recon.jobs.stages import Control, JobCancelled, Prepared, Run
+from napari_recon.jobs.training import TrainRun
 from napari_recon.scans.errors import ScanError
 
 
 def run_job(job: Job, control: Control | None = None, prepared: Prepared | None = None) -> Iterator[Message]:
     """Run a job and say what happens.
 
-    What comes, and in which order, is told in :mod:`napari_recon.jobs.reconstruct` and
-    :mod:`napari_recon.jobs.operator`. Every stream ends with exactly one of ``Finished``, ``Cancelled`` and ``Failed``.
-    Dropping the generator ends the job as a cancellation does.
+    What comes, and in which order, is told in :mod:`napari_recon.jobs.reconstruct`, :mod:`napari_recon.jobs.operator`
+    and :mod:`napari_recon.jobs.training`. Every stream ends with exactly one of ``Finished``, ``Cancelled`` and
+    ``Failed``. Dropping the generator ends the job as a cancellation does; a training keeps what it has.
 
     Parameters
     ----------
@@ -51,13 +52,17 @@ def run_job(job: Job, control: Control | None = None, prepared: Prepared | None 
         if is_out_of_memory(error):
             del error
             release_memory()
-            yield Failed("memory", f"The job ran out of memory: {_smaller(job)}; the volume so far is kept.", detail)
+            kept = "best weights so far are" if isinstance(job, TrainJob) else "volume so far is"
+            yield Failed("memory", f"The job ran out of memory: {_smaller(job)}; the {kept} kept.", detail)
         else:
             name, text = type(error).__name__, " ".join(str(error).split())
             yield Failed("bug", f"The job failed unexpectedly ({name}: {text[:200]}): please report it.", detail)
 
 
-def _run_of(job: Job, control: Control, prepared: Prepared) -> Run[Any]:
+def _run_of(job: Job, control: Control, prepared: Prepared) -> Run[Any] | TrainRun:
+    if isinstance(job, TrainJob):
+        prepared.clear()  # the memory is for the training
+        return TrainRun(job, control)
     if isinstance(job, ReconstructionJob):
         from napari_recon.jobs.reconstruct import ReconstructionRun
 
@@ -77,8 +82,10 @@ def _forget(control: Control, prepared: Prepared) -> None:
 
 def _smaller(job: Job) -> str:
     """What to change where memory ran out, as a part of a sentence."""
+    if isinstance(job, TrainJob):
+        return "choose fewer or smaller volumes, or a smaller patch or batch"
     if isinstance(job, OperatorJob) and job.operator == "fit":
         return "choose fewer probes, one kernel, a larger voxel size or more binning"
-    if isinstance(job, PatchJob) or (isinstance(job.parameters, TVParameters) and job.parameters.patch):
+    if isinstance(job, PatchJob) or getattr(job.parameters, "patch", None):
         return "choose a smaller patch, a larger voxel size or more binning"
     return "choose a larger voxel size or more binning" + ("" if job.device == "cpu" else ", or the device 'cpu'")

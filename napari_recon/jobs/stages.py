@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from napari_recon.jobs.job import Job, OperatorJob
+from napari_recon.jobs.job import Job, OperatorJob, ScanJob
 from napari_recon.jobs.memory import peak_memory, plan_memory
 from napari_recon.jobs.messages import Message, Progress, Stage, VolumeReady
 from napari_recon.scans.errors import ScanError
 
 if TYPE_CHECKING:  # torch is imported where a job runs, not where jobs are made
     import torch
+    from deepinv.physics import LinearPhysics
 
     from napari_recon.physics import NormalOperator, XRayTransform
     from napari_recon.physics.fdk_filter import Window
@@ -152,7 +153,7 @@ class Prepared:
         self.key, self.things = "", {}
 
 
-AnyJob = TypeVar("AnyJob", bound=Job)
+AnyJob = TypeVar("AnyJob", bound=ScanJob)
 
 
 class Run(Generic[AnyJob]):
@@ -161,6 +162,8 @@ class Run(Generic[AnyJob]):
     def __init__(self, job: AnyJob, control: Control, prepared: Prepared) -> None:
         self.job, self.control, self.prepared = job, control, prepared
         self.figures: dict[str, float] = {}
+        self.used: dict[str, Any] = {}
+        """What beside the job the result depends on, for its provenance."""
         self.complete = True
         self._began = control.clock()
 
@@ -259,14 +262,21 @@ class Run(Generic[AnyJob]):
             if close is not None:
                 close()
 
-    def load_operator(self, file: str | Path) -> NormalOperator:
-        """The operator of a file, or a ScanError where it belongs to another scan; the last one is kept."""
+    def load_operator(self, file: str | Path, physics: LinearPhysics | None = None) -> NormalOperator:
+        """The operator of a file, or a ScanError where it belongs to another scan; the last one is kept.
+
+        Parameters
+        ----------
+        physics
+            What it must have been fitted to; None for the job's.
+        """
         from napari_recon.physics import NormalOperator
 
-        kept, state = self.prepared.things, (str(file), _state_of(Path(file)))
+        physics = self.physics if physics is None else physics
+        kept, state = self.prepared.things, (str(file), _state_of(Path(file)), type(physics).__name__)
         if kept.get("operator file", (None,))[0] != state:
             kept.pop("operator file", None)  # freed before the next one is there
-            kept["operator file"] = (state, NormalOperator.load(file, self.physics, self.y.device))
+            kept["operator file"] = (state, NormalOperator.load(file, physics, self.y.device))
         operator: NormalOperator = kept["operator file"][1]
         return operator
 
@@ -280,7 +290,7 @@ class Run(Generic[AnyJob]):
         """How the job's volumes were made, as JSON, and the seconds that it took so far."""
         seconds = self.control.clock() - self._began
         figures = {**self.figures, "seconds": seconds, "peak_memory": float(peak_memory())}
-        return provenance(self.job, figures, self.complete), seconds
+        return provenance(self.job, figures, self.complete) | self.used, seconds
 
 
 def provenance(job: Job, figures: dict[str, float], complete: bool) -> dict[str, Any]:
@@ -300,7 +310,7 @@ def provenance(job: Job, figures: dict[str, float], complete: bool) -> dict[str,
 _KEEP_BYTES = 4 * 10**9
 
 
-def operator_file(physics: XRayTransform, seed: int, options: dict[str, Any]) -> Path:
+def operator_file(physics: LinearPhysics, seed: int, options: dict[str, Any]) -> Path:
     """Where the operator fitted so to a physics is kept between sessions: named by all of that and the version."""
     import platformdirs
 
@@ -312,7 +322,7 @@ def operator_file(physics: XRayTransform, seed: int, options: dict[str, Any]) ->
     return folder / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.safetensors"
 
 
-def keep_operator(operator: NormalOperator, file: Path, physics: XRayTransform) -> bool:
+def keep_operator(operator: NormalOperator, file: Path, physics: LinearPhysics) -> bool:
     """Keep an operator for the next session; the ones used longest ago make room. Whether it could be written."""
     with contextlib.suppress(OSError, ScanError):  # a full disk costs the next job a fit, nothing more
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -33,10 +33,11 @@ from typing import IO, Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from napari_recon.jobs.job import Job, OperatorJob, PatchJob, quiet_threads
+from napari_recon.jobs.job import Job, OperatorJob, PatchJob, TrainJob, quiet_threads
 from napari_recon.jobs.messages import Cancelled, Failed, Finished, Message, VolumeReady
 from napari_recon.jobs.stages import Control
 from napari_recon.jobs.volumes import remove_partial
+from napari_recon.learning.training import checkpoint_path
 
 _NICE = 5
 """How much the child gives way to the viewer."""
@@ -250,7 +251,7 @@ class Worker:
             self._ready.clear()
             if self._running:
                 self._running = False
-                self._messages.append((self._number, Failed("killed", _obituary(status))))
+                self._messages.append((self._number, Failed("killed", _obituary(status, self._job))))
 
     def _clean_up(self, pid: int) -> None:
         """Remove what a child that was killed while writing left behind."""
@@ -259,13 +260,18 @@ class Worker:
         remove_shared(pid)
 
 
-def _obituary(status: int) -> str:
+def _obituary(status: int, job: Job | None) -> str:
     if status >= 0:
         how = f"ended unexpectedly (exit status {status})"
     elif -status == getattr(signal, "SIGKILL", None):
         how = "was killed (signal 9; the system does so when memory runs out)"
     else:
         how = f"crashed (signal {-status}, {signal.Signals(-status).name})"
+    if isinstance(job, TrainJob):
+        return (
+            f"The computing process {how}: train on fewer or smaller volumes, or smaller patches; the best weights and "
+            "the last checkpoint are kept."
+        )
     return (
         f"The computing process {how}: choose a smaller patch or more binning and run again; the volume so far is kept."
     )
@@ -353,7 +359,8 @@ class _Desk:
                 getattr(last[2], name)(*values)
         with self._changed:
             if self._current is not None and _may_write(self._current[1]):  # let it stop
-                self._current[2].cancel()
+                _, current, control = self._current
+                (control.finish if isinstance(current, TrainJob) else control.cancel)()
                 self._changed.wait_for(lambda: self._current is None, _LAST_STEP)
         self.leave()
 
@@ -368,14 +375,17 @@ class _Desk:
 
 def _may_write(job: Job) -> bool:
     """Whether a job writes a file; that of an operator does so in the cache, at least."""
-    return isinstance(job, OperatorJob) or (not isinstance(job, PatchJob) and job.output is not None)
+    return isinstance(job, OperatorJob | TrainJob) or (not isinstance(job, PatchJob) and job.output is not None)
 
 
 def _remove_half_written(job: Job, process: int | None = None) -> None:
     """Remove what ``process`` (this one, by default) left behind of a job's output when it ended amid writing."""
     if isinstance(job, PatchJob) or job.output is None:
         return
-    if isinstance(job, OperatorJob):  # NormalOperator.save's temporary name
+    if isinstance(job, TrainJob):  # the temporary names of weights and checkpoint
+        for file in (job.output, checkpoint_path(job.output)):
+            file.with_name(file.name + ".partial").unlink(missing_ok=True)
+    elif isinstance(job, OperatorJob):  # NormalOperator.save's temporary name
         job.output.with_name(job.output.name + ".partial").unlink(missing_ok=True)
     else:
         remove_partial(job.output, process)

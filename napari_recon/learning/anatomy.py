@@ -21,6 +21,7 @@ from typing import Any
 import numba as nb
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from napari_recon.scans.errors import ScanError
 from napari_recon.scans.grid import Grid
@@ -224,6 +225,36 @@ def make_anatomy(
     present = set(np.unique(labels).tolist())
     names = {tissue.label: name for name, tissue in TISSUES.items() if tissue.label in present}
     return Anatomy(volume, labels, names, grid, float(energy_kev))
+
+
+def with_random_contrasts(anatomy: Anatomy, seed: int) -> NDArray[np.float32]:
+    """An anatomy's shapes with attenuations that no tissue has: every label's is scaled to a random one.
+
+    Networks that are trained on such volumes learn shapes and the physics, and not the values of tissues (Billot et
+    al., SynthSeg, Med. Image Anal. 86, 2023).
+
+    Parameters
+    ----------
+    anatomy
+        Its labels say what belongs together; textures and partial-volume edges are scaled with it.
+    seed
+        Of the values, and of a soft texture over all.
+
+    Returns
+    -------
+    (D, H, W), float32, from 0 to somewhat above 1.
+    """
+    rng = np.random.default_rng([seed, 1])
+    counts = np.bincount(anatomy.labels.ravel(), minlength=256)
+    means = np.bincount(anatomy.labels.ravel(), anatomy.volume.ravel(), minlength=256) / np.maximum(counts, 1)
+    brightest = max(float(means.max()), 1e-12)
+    wanted = np.where(means > 0.02 * brightest, rng.uniform(0.05, 1.0, 256), means / brightest)  # air stays air
+    factors = np.where(counts > 0, wanted / np.maximum(means, 1e-3 * brightest), 0.0).astype(np.float32)
+    coarse = rng.normal(size=[-(-n // int(rng.integers(3, 12))) + 1 for n in anatomy.volume.shape])
+    texture = ndimage.zoom(coarse, [n / m for n, m in zip(anatomy.volume.shape, coarse.shape, strict=True)], order=1)
+    texture *= rng.uniform(0.0, 0.12)
+    volume: NDArray[np.float32] = (anatomy.volume * factors[anatomy.labels] * (1 + texture)).astype(np.float32)
+    return np.clip(volume, 0, None)
 
 
 # -- painting ------------------------------------------------------------------------------------------------------

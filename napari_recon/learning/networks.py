@@ -17,13 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from napari_recon.learning.weights import FORMAT, read_header
 from napari_recon.reconstruction.unrolled import PostProcessing, UnrolledPGD
 from napari_recon.scans.errors import ScanError
 
 Name = Literal["light", "drunet", "unet"]
 Method = UnrolledPGD | PostProcessing
-
-FORMAT = "napari-recon weights 1"
 
 
 class _Convolution(nn.Conv3d):
@@ -256,36 +255,22 @@ def load_weights(path: str | Path, device: str | torch.device = "cpu") -> Weight
     ScanError
         If the file does not exist, is damaged, or is none of ours.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
+    header = read_header(path)
     try:
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            kept = metadata.get("format", "")
-            if not kept.startswith(FORMAT[:-1]):
-                raise ScanError(
-                    f"{path} is a safetensors file, but not weights of a reconstruction network; use "
-                    "'napari-recon train' to make some."
-                )
-            if kept != FORMAT:
-                raise ScanError(
-                    f"The weights {path} were written by napari-recon {metadata.get('version', 'of another version')}, "
-                    "whose form this version does not read; train again, or use that version."
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise ScanError(f"The weights {path} do not exist; check the path, or train some.") from None
+        tensors = load_file(str(path))
     except (SafetensorError, OSError) as error:
         raise ScanError(f"The weights {path} cannot be read ({error}); get the file again.") from None
     try:
-        model = _remade(json.loads(metadata["model"]))
+        model = _remade(header.model)
         model.load_state_dict(tensors)
-        training, figures = json.loads(metadata["training"]), json.loads(metadata["figures"])
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         if isinstance(error, ScanError):
             raise
         raise ScanError(f"The weights {path} do not fit the network that they name; get the file again.") from None
-    return Weights(model.to(device).eval(), metadata.get("card", ""), training, figures)
+    return Weights(model.to(device).eval(), header.card, header.training, header.figures)
 
 
 def _describe(model: Method) -> dict[str, Any]:
@@ -294,12 +279,16 @@ def _describe(model: Method) -> dict[str, Any]:
     if architecture is None:
         raise ScanError("The weights of this network cannot be kept: it was not made by make_network.")
     described: dict[str, Any] = {"network": architecture, "patch_size": model.patch_size, "stride": model.stride}
+    if isinstance(model.init, str):
+        described["init"] = model.init
     if isinstance(model, UnrolledPGD):
         return described | {
             "method": "unrolled",
             "iterations": model.iterations,
             "tied": model.tied,
             "step": model.step,
+            "data_steps": model.data_steps,
+            "nonnegative": model.nonnegative,
             "passes": model.passes,
         }
     return described | {"method": "post-processing"}

@@ -1,4 +1,4 @@
-"""Synthetic objects with exact line integrals: ellipsoids, Gaussian blobs, and anatomy made from them.
+"""Synthetic objects with exact line integrals: ellipsoids, Gaussian blobs, and objects made from them.
 
 An object is what it is in mm, independent of any grid: ``volume(grid)`` samples it, ``project(geometry)`` integrates it
 along every ray in closed form, for cone and parallel beam alike. Projections of a sampled volume would repeat the
@@ -174,7 +174,38 @@ class Blobs:
         return out
 
 
-Phantom = Ellipsoids | Blobs
+@dataclass(frozen=True, eq=False)
+class Textured:
+    """Ellipsoids with a texture of blobs on them.
+
+    Parameters
+    ----------
+    body
+        The shapes, each of one value.
+    texture
+        What is added.
+    """
+
+    body: Ellipsoids
+    texture: Blobs
+
+    def __len__(self) -> int:
+        return len(self.body) + len(self.texture)
+
+    def surface_points(self, count: int = 200) -> NDArray[np.float64]:
+        """The body's, (n * count, 3): x y z in mm."""
+        return self.body.surface_points(count)
+
+    def volume(self, grid: Grid) -> NDArray[np.float32]:
+        """(D, H, W), float32, 1/mm."""
+        return self.body.volume(grid) + self.texture.volume(grid)
+
+    def project(self, geometry: Geometry) -> NDArray[np.float32]:
+        """(views, rows, columns), float32: exact integrals."""
+        return self.body.project(geometry) + self.texture.project(geometry)
+
+
+Phantom = Ellipsoids | Blobs | Textured
 
 # -- kinds -------------------------------------------------------------------------------------------------------
 
@@ -220,7 +251,7 @@ def blobs(seed: int = 0, radius: float = 16.0, count: int = 12) -> Blobs:
 
 
 def random_ellipsoids(seed: int = 0, radius: float = 16.0, count: int = 40) -> Ellipsoids:
-    """Random ellipsoids inside a large one, for training: no two seeds alike."""
+    """Random ellipsoids inside a large one: no two seeds alike."""
     rng = np.random.default_rng(seed)
     body = _Sculpture(radius)
     hull = rng.uniform(0.75, 0.98, 3)
@@ -324,7 +355,42 @@ def walnut(seed: int = 0, radius: float = 16.0) -> Ellipsoids:
     return nut.ellipsoids()
 
 
-KINDS = ("walnut", "shepp-logan", "ellipsoids", "blobs")
+def textured(
+    body: Ellipsoids, seed: int = 0, radius: float = 16.0, count: int = 1500, contrast: float = 0.4
+) -> Textured:
+    """A body with a texture of soft grains wherever it is solid: no longer piecewise constant.
+
+    Parameters
+    ----------
+    body
+        Any ellipsoids.
+    seed
+        Of the grains' places, sizes (1 to 4 % of the radius) and brightness.
+    radius
+        mm, that of the body.
+    count
+        Grains.
+    contrast
+        Largest value of a grain, relative to what it lies in.
+    """
+    rng = np.random.default_rng([seed, 7])
+    coarse = Grid((96, 96, 96), 2.1 * radius / 96)
+    values = body.volume(coarse, supersampling=1)
+    found: list[tuple[NDArray[np.float64], float, float]] = []
+    reach = np.concatenate([np.zeros((1, 3)), 1.5 * np.eye(3), -1.5 * np.eye(3)])
+    for _ in range(60 * count):
+        if len(found) == count:
+            break
+        center, sigma = radius * rng.uniform(-0.95, 0.95, 3), radius * rng.uniform(0.012, 0.04)
+        index = np.rint((center + sigma * reach - coarse.translate[::-1]) / coarse.voxel_size).astype(int)[:, ::-1]
+        near = values[tuple(np.clip(index, 0, 95).T)]
+        if near.min() > 0:  # no grain reaches far into a hollow
+            found.append((center, sigma, float(near.min()) * rng.uniform(0.1, 1.0) * contrast))
+    centers, sigmas, peaks = (np.array(column) for column in zip(*found, strict=True))
+    return Textured(body, Blobs(centers, sigmas, peaks))
+
+
+KINDS = ("walnut", "shepp-logan", "ellipsoids", "blobs", "textured-walnut", "textured-ellipsoids")
 
 
 def make_phantom(kind: str, seed: int = 0, radius: float = 16.0) -> Phantom:
@@ -343,6 +409,10 @@ def make_phantom(kind: str, seed: int = 0, radius: float = 16.0) -> Phantom:
         return random_ellipsoids(seed, radius)
     if kind == "blobs":
         return blobs(seed, radius)
+    if kind == "textured-walnut":
+        return textured(walnut(seed, radius), seed, radius)
+    if kind == "textured-ellipsoids":
+        return textured(random_ellipsoids(seed, radius), seed, radius)
     raise ScanError(f"There is no phantom {kind!r}; there are {', '.join(KINDS)}.")
 
 

@@ -9,17 +9,23 @@ both of them computed once a volume: a step of training projects nothing but its
 E is nothing (the true context), a part of the start's error, or the error that the network's own first pass leaves,
 refreshed now and then; a network that only ever saw true contexts is lost in its own second pass.
 
+Volumes are seen mirrored as often as not, by the network alone: a mirrored circle of views is a circle of views, so
+that the data steps need not know.
+
+Scans of one's own without references are split instead: the whole volume is reconstructed from a part of the views, and
+should explain the others (:mod:`napari_recon.learning.own_scans`). Not by patches: what other voxels get wrong is in
+every ray through a patch, and patches taught to explain it would all explain it.
+
 No torch is imported before training begins: forms are built from the configuration alone.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
 import tomllib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,19 +33,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, ValidationInfo, field_validator
 
 from napari_recon.scans.errors import ScanError
 from napari_recon.scans.geometry import Geometry
 from napari_recon.scans.grid import Box, Grid
 
 if TYPE_CHECKING:
-    import torch
     from deepinv.physics import LinearPhysics
     from torch import Tensor, nn
 
     from napari_recon.learning.networks import Method
+    from napari_recon.learning.own_scans import OwnScan, Split
     from napari_recon.physics.normal_operator import NormalOperator
+    from napari_recon.physics.ramp_filtered import RampFiltered
+    from napari_recon.physics.xray import XRayTransform
 
 SOURCE_OBJECT, SOURCE_DETECTOR, EXTENT = 66.0, 199.0, 34.0
 """mm: the Walnut scanner's distances, and the edge of every training volume (a network knows no millimetres)."""
@@ -68,10 +76,35 @@ class DataConfig(_Frozen):
         title="Folder",
         description="Volumes (.tif, .npy) to train on instead; the last ones, in order of their names, validate.",
     )
-    count: PositiveInt = Field(default=60, title="Volumes", description="Training volumes, each with one scan.")
+    scans: Path | None = Field(
+        default=None,
+        title="Scans",
+        description="A folder of scans to train on instead, as they were measured, at their own size; the last ones, "
+        "in order of their names, validate.",
+    )
+    supervision: Literal["reference", "splitting"] = Field(
+        default="reference",
+        title="Supervision",
+        description="Of those scans: by 'reference' volumes beside them (reference.tif), or without any by "
+        "'splitting': some views are left out, which the reconstruction from the others should explain.",
+    )
+    splits: int = Field(
+        default=5,
+        ge=2,
+        le=50,
+        title="Splits",
+        description="Of 'splitting': parts that the views are in, each of them left out once.",
+    )
+    binning: int = Field(default=1, ge=1, le=64, title="Binning", description="Of those scans' detectors.")
+    count: PositiveInt = Field(
+        default=60, title="Volumes", description="Training volumes, each with a scan for every number of views."
+    )
     size: int = Field(default=96, ge=8, le=1024, title="Size", description="Voxels along an edge of the volumes.")
     views: tuple[PositiveInt, ...] = Field(
-        default=(6, 10, 19), min_length=1, title="Views", description="Projections of a scan, mixed in equal parts."
+        default=(6, 10, 19),
+        title="Views",
+        description="Projections of the scans, over a full circle; of scans of one's own so many, evenly spaced, and "
+        "nothing takes all.",
     )
     photons: float | None = Field(
         default=30_000,
@@ -85,6 +118,34 @@ class DataConfig(_Frozen):
         title="Thickness",
         description="Range of a scan's largest line integral: objects are scaled to one in it, whatever their unit.",
     )
+    contrasts: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        title="Random contrasts",
+        description="How many of the synthetic anatomies get any contrasts instead of their tissues', so that shapes "
+        "are learned and not values.",
+    )
+
+    @field_validator("photons", mode="before")
+    @classmethod
+    def _none(cls, value: object) -> object:
+        """TOML has no null."""
+        return None if value == "none" else value
+
+    @field_validator("scans")
+    @classmethod
+    def _one_folder(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if value is not None and info.data.get("folder") is not None:
+            raise ValueError("give a folder of volumes or one of scans, not both")
+        return value
+
+    @field_validator("views")
+    @classmethod
+    def _some_views(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        if not value and info.data.get("scans") is None:
+            raise ValueError("give at least one number of views")
+        return value
 
 
 class NetworkConfig(_Frozen):
@@ -101,7 +162,15 @@ class MethodConfig(_Frozen):
     iterations: int = Field(default=3, ge=1, le=100, title="Iterations", description="Data steps, of 'unrolled'.")
     tied: bool = Field(default=True, title="Tied", description="One network for all iterations.")
     step: Literal["ramp", "gradient"] = Field(default="ramp", title="Data step")
-    step_size: float = Field(default=1.8, gt=0, allow_inf_nan=False, title="Step size", description="To start with.")
+    step_size: float = Field(default=1.0, gt=0, allow_inf_nan=False, title="Step size", description="To start with.")
+    data_steps: int = Field(
+        default=4, ge=1, le=100, title="Data steps", description="Accelerated ones before each use of the network."
+    )
+    start: Literal["fdk", "least-squares", "tv"] = Field(
+        default="tv",
+        title="Start",
+        description="FDK, or some ramp-filtered steps of least squares or of total variation after it.",
+    )
     normal: Literal["exact", "fit"] = Field(
         default="exact", title="Patches", description="AᵀA on patches: 'exact', or a fitted H."
     )
@@ -124,18 +193,28 @@ class OptimisationConfig(_Frozen):
     )
     warm_up: int = Field(default=200, ge=0, title="Warm-up", description="Steps to reach the learning rate.")
     clip: float = Field(default=0.1, gt=0, title="Clipping", description="Largest norm of the gradient.")
-    loss: Literal["l1", "l2"] = Field(default="l1", title="Loss")
+    loss: Literal["relative", "l1", "l2"] = Field(
+        default="relative",
+        title="Loss",
+        description="'relative': squared error over that of the scan's start, so that easy scans count as much as hard "
+        "ones; 'l1' and 'l2': in units of the brightness.",
+    )
+    flips: bool = Field(default=True, title="Mirror", description="Show volumes mirrored as often as not.")
     context_mix: float = Field(
         default=0.5,
         ge=0,
         le=1,
         title="Context mix",
-        description="How often a patch's context has errors: a part of the start's, or those of the first pass.",
+        description="How often a patch's context has errors: most of the start's, or those of the first pass.",
     )
     refresh: int = Field(
-        default=1000, ge=0, title="Refresh", description="Steps after which first passes are run anew; 0: never."
+        default=0, ge=0, title="Refresh", description="Steps after which first passes are run anew; 0: never."
     )
-    mixed_precision: bool = Field(default=False, title="Mixed precision", description="bfloat16, on a GPU.")
+    mixed_precision: bool = Field(
+        default=False,
+        title="Mixed precision",
+        description="bfloat16 in the network: on a GPU, and on CPUs that have it (twice as fast there).",
+    )
 
 
 class ValidationConfig(_Frozen):
@@ -187,10 +266,14 @@ class TrainingUpdate:
     figures
         ``loss`` and ``learning_rate`` of every step; with a validation ``psnr`` (dB, inside the field of view, data
         range that of the truth, values below zero set to zero), ``start_psnr`` of what it began with, ``best_psnr``.
+        Where views are split, these are of the projections that were left out, ramp-filtered.
     seconds
         Since training began here.
-    patch, truth
-        With a validation: the middle of a validation volume (p, p, p), float32 in 1/mm, and what it should be.
+    patch, start, truth
+        With a validation: the middle of a validation volume (p, p, p), float32 in 1/mm; what it began with; what it
+        should be, where that is known.
+    voxel_size
+        Of these, in mm.
     """
 
     stage: Literal["preparing", "training"]
@@ -199,7 +282,9 @@ class TrainingUpdate:
     figures: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     patch: NDArray[np.float32] | None = None
+    start: NDArray[np.float32] | None = None
     truth: NDArray[np.float32] | None = None
+    voxel_size: float = 1.0
 
 
 def read_config(path: str | Path) -> TrainingConfig:
@@ -218,8 +303,9 @@ def read_config(path: str | Path) -> TrainingConfig:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ScanError(f"The configuration {path} is not TOML ({error}): correct it.") from None
     data = entries.get("data")
-    if isinstance(data, dict) and isinstance(data.get("folder"), str):
-        data["folder"] = path.absolute().parent / Path(data["folder"]).expanduser()
+    for name in ("folder", "scans"):
+        if isinstance(data, dict) and isinstance(data.get(name), str):
+            data[name] = path.absolute().parent / Path(data[name]).expanduser()
     try:
         return TrainingConfig.model_validate(entries)
     except ValidationError as error:
@@ -227,8 +313,33 @@ def read_config(path: str | Path) -> TrainingConfig:
         name = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             raise ScanError(f"{path}: there is no entry {name!r}; leave it out, or correct its name.") from None
-        problem = first["msg"][0].lower() + first["msg"][1:]
+        problem = first["msg"].removeprefix("Value error, ")
+        problem = problem[0].lower() + problem[1:]
         raise ScanError(f"{path}: {name} = {first['input']} will not do: {problem}.") from None
+
+
+def write_config(config: TrainingConfig, path: str | Path) -> None:
+    """Write a configuration as TOML, whole or not at all.
+
+    Raises
+    ------
+    ScanError
+        If the file cannot be written.
+    """
+    import tomli_w
+
+    path = Path(path).expanduser()
+    entries = config.model_dump(mode="json")
+    entries["data"] = {name: value for name, value in entries["data"].items() if value is not None}
+    entries["data"].setdefault("photons", "none")
+    unfinished = path.with_name(path.name + ".partial")
+    try:
+        unfinished.write_text(tomli_w.dumps(entries), encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        raise ScanError(f"The configuration {path} cannot be written ({error.strerror}): choose another.") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def train(config: TrainingConfig, output: str | Path, resume: bool = True) -> TrainingUpdate:
@@ -288,12 +399,17 @@ def stream_training(
 
 @dataclass
 class _Example:
-    """A simulated scan with its truth, and what makes patch gradients cheap; volumes are (1, 1, n, n, n)."""
+    """A scan with its truth, and what makes patch gradients cheap; volumes are (1, 1, D, H, W)."""
 
     truth: Tensor
     start: Tensor
     scale: float
     views: int
+    physics: LinearPhysics  # of the data steps
+    inside: NDArray[np.bool_]  # (H, W): the field of view
+    voxel_size: float
+    operator: NormalOperator | None = None
+    error: float = 1.0  # mean square of start − x*, in units of the scale
     noise_gradient: Tensor | None = None  # Aᵀ(A x* − y)
     start_gradient: Tensor | None = None  # AᵀA (start − x*)
     first: Tensor | None = None  # the network's first pass
@@ -319,6 +435,10 @@ def _inside(size: int) -> NDArray[np.bool_]:
 def _objects(data: DataConfig, validation: ValidationConfig, seed: int, held_out: bool) -> list[tuple[Any, int]]:
     """(kind or file, seed) of every object, those of training or those held out."""
     count = validation.count if held_out else data.count
+    if data.scans is not None:
+        from napari_recon.learning.own_scans import find_scans
+
+        return _some(find_scans(data.scans, data.binning, data.supervision == "reference"), data, validation, held_out)
     if data.folder is None:
         from napari_recon.learning import phantoms
 
@@ -339,36 +459,42 @@ def _objects(data: DataConfig, validation: ValidationConfig, seed: int, held_out
         raise ScanError(f"The folder {data.folder} cannot be read ({error.strerror}): check the path.") from None
     if len(files) < 2:
         raise ScanError(f"{data.folder} holds {len(files)} volumes (.tif, .npy); training needs at least two.")
-    kept = min(validation.count, len(files) // 2)
-    files = files[-kept:] if held_out else files[:-kept][:count]
-    return [(file, i) for i, file in enumerate(files)]
+    return _some(files, data, validation, held_out)
 
 
-def _fine_volume(kind: str | Path, seed: int, size: int) -> NDArray[np.float32]:
+def _some(
+    things: Sequence[Any], data: DataConfig, validation: ValidationConfig, held_out: bool
+) -> list[tuple[Any, int]]:
+    """The last ones validate, half of them at most; each with its number, the seed of what is random about it."""
+    kept = min(validation.count, len(things) // 2)
+    numbered = [(thing, i) for i, thing in enumerate(things)]
+    return numbered[-kept:] if held_out else numbered[:-kept][: data.count]
+
+
+def _fine_volume(kind: str | Path, seed: int, data: DataConfig) -> NDArray[np.float32]:
     """An anatomy or a person's own volume on the finer grid, (n, n, n)."""
-    fine = FINER * size
+    fine = FINER * data.size
     if isinstance(kind, str):
-        from napari_recon.learning.anatomy import make_anatomy
+        from napari_recon.learning.anatomy import make_anatomy, with_random_contrasts
 
-        return make_anatomy(kind, seed, size=fine).volume
-    import tifffile
+        anatomy = make_anatomy(kind, seed, size=fine)
+        random = np.random.default_rng([seed, fine]).random() < data.contrasts
+        return with_random_contrasts(anatomy, seed) if random else anatomy.volume
     import torch
 
-    try:
-        raw = np.load(kind, allow_pickle=False) if kind.suffix == ".npy" else tifffile.imread(kind)
-    except Exception as error:  # tifffile and numpy raise whatever they stumble on
-        raise ScanError(f"The volume {kind} cannot be read ({error}): take it out of the folder.") from None
-    raw = np.squeeze(np.asarray(raw))
-    if raw.ndim != 3 or min(raw.shape) < 8 or not np.isfinite(raw.astype(np.float32)).all() or not (raw > 0).any():
-        raise ScanError(f"{kind} is no volume of attenuation (shape {raw.shape}): take it out of the folder.")
+    from napari_recon.learning.own_scans import read_volume
+
+    raw = read_volume(kind)
+    if min(raw.shape) < 8:
+        raise ScanError(f"The volume {kind} is of {raw.shape} voxels, too few to train on: take it out of the folder.")
     edge = max(raw.shape)  # into a cube, so that voxels stay cubes
     room = [((edge - n) // 2, edge - n - (edge - n) // 2) for n in raw.shape]
-    cube = torch.from_numpy(np.pad(raw.astype(np.float32), room))[None, None]
+    cube = torch.from_numpy(np.pad(raw, room))[None, None]
     return torch.nn.functional.interpolate(cube, size=(fine,) * 3, mode="trilinear", antialias=False)[0, 0].numpy()
 
 
-def _simulate(kind: str | Path, seed: int, data: DataConfig, views: int) -> tuple[Tensor, Tensor]:
-    """(truth, measurements) of an object, (1, 1, n, n, n) and (1, 1, rows, views, columns), on the CPU."""
+def _simulate(kind: str | Path, seed: int, data: DataConfig, views: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """(truth, measurements) of an object's scans, (1, 1, n, n, n) and (1, 1, rows, views, columns), on the CPU."""
     import torch
 
     from napari_recon.learning import phantoms
@@ -376,24 +502,28 @@ def _simulate(kind: str | Path, seed: int, data: DataConfig, views: int) -> tupl
 
     n = data.size
     grid = Grid((n, n, n), EXTENT / n)
-    geometry = _circle(grid, views)
-    rng = np.random.default_rng([seed, views])
     if isinstance(kind, str) and kind in phantoms.KINDS:
         phantom = phantoms.make_phantom(kind, seed)
+        volume = None
         truth = torch.from_numpy(phantom.volume(grid))[None, None]
-        y = torch.from_numpy(phantom.project(geometry)).permute(1, 0, 2)[None, None].contiguous()
     else:
-        fine = np.clip(_fine_volume(kind, seed, n), 0, None) * _inside(FINER * n)
+        fine = np.clip(_fine_volume(kind, seed, data), 0, None) * _inside(FINER * n)
         volume = torch.from_numpy(np.ascontiguousarray(fine, np.float32))[None, None]
         truth = torch.nn.functional.avg_pool3d(volume, FINER)
-        finer = Grid((FINER * n,) * 3, EXTENT / (FINER * n))
-        y = XRayTransform(geometry, finer, device="cpu").A(volume)
-    factor = rng.uniform(*data.thickness) / max(float(y.max()), 1e-12)
-    truth, y = truth * factor, y * factor
-    if data.photons is not None:
-        counted = rng.poisson(data.photons * np.exp(-y.double().numpy())).clip(min=1)
-        y = torch.from_numpy(-np.log(counted / data.photons)).float()
-    return truth, y
+    for count in views:
+        geometry = _circle(grid, count)
+        rng = np.random.default_rng([seed, count])
+        if volume is None:
+            y = torch.from_numpy(phantom.project(geometry)).permute(1, 0, 2)[None, None].contiguous()
+        else:
+            finer = Grid((FINER * n,) * 3, EXTENT / (FINER * n))
+            y = XRayTransform(geometry, finer, device="cpu").A(volume)
+        factor = rng.uniform(*data.thickness) / max(float(y.max()), 1e-12)
+        y *= factor
+        if data.photons is not None:
+            counted = rng.poisson(data.photons * np.exp(-y.double().numpy())).clip(min=1)
+            y = torch.from_numpy(-np.log(counted / data.photons)).float()
+        yield truth * factor, y
 
 
 # -- training itself -----------------------------------------------------------------------------------------------
@@ -411,14 +541,14 @@ class _Trainer:
 
         self.config, self.output = config, output
         self.started = time.perf_counter()
-        self.patch = min(config.optimisation.patch, config.data.size)
+        self.patch: int | tuple[int, ...] = min(config.optimisation.patch, config.data.size)
+        self.simulated = config.data.scans is None
+        self.splitting = not self.simulated and config.data.supervision == "splitting"
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         name = config.device
         if self.world > 1 and resolve_device(name).type == "cuda":
             name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         self.device = resolve_device(name)
-        if config.optimisation.mixed_precision and self.device.type != "cuda":
-            raise ScanError("Mixed precision is for a GPU; leave optimisation.mixed_precision out, or train on one.")
         self.objects = _objects(config.data, config.validation, config.seed, held_out=False)[self.rank :: self.world]
         self.held_out = _objects(config.data, config.validation, config.seed, held_out=True) if self.rank == 0 else []
         if not self.objects:
@@ -430,19 +560,35 @@ class _Trainer:
         self.model: Method
         if method.name == "unrolled":
             self.model = UnrolledPGD(
-                network, method.iterations, method.tied, method.step, method.step_size, patch_size=self.patch
+                network,
+                method.iterations,
+                method.tied,
+                method.step,
+                method.step_size,
+                data_steps=method.data_steps,
+                nonnegative=True,
+                patch_size=self.patch,
+                init=method.start,
             )
         else:
-            self.model = PostProcessing(network, patch_size=self.patch)
+            self.model = PostProcessing(network, patch_size=self.patch, init=method.start)
         self.model.to(self.device).train()
         self.model.mixed_precision = config.optimisation.mixed_precision
+        self.mirror = _Mirror()
+        for each in self.model.networks if isinstance(self.model, UnrolledPGD) else [self.model.network]:
+            each.register_forward_pre_hook(self.mirror.before)
+            each.register_forward_hook(self.mirror.after)
         rate = {"step_sizes": config.optimisation.step_rate}
         self.rates = [rate.get(name, 1.0) for name, _ in self.model.named_parameters()]
         self.optimiser = torch.optim.Adam([{"params": [p]} for p in self.model.parameters()])
+        self.circles: dict[int, XRayTransform] = {}  # of simulated scans, by their views
         self.physics: dict[int, LinearPhysics] = {}
+        self.ramps: dict[int, RampFiltered | None] = {}
         self.operators: dict[int, NormalOperator] = {}
         self.examples: list[_Example] = []
         self.validation: list[_Example] = []
+        self.splits: list[Split] = []
+        self.held_out_splits: list[Split] = []
         self.step, self.best = 0, -math.inf
         self.refreshed: dict[str, Tensor] | None = None  # the weights that the first passes were run with
         self.joined = False
@@ -462,52 +608,113 @@ class _Trainer:
     # -- scans ----------------------------------------------------------------------------------------------------
 
     def prepare(self) -> Iterator[TrainingUpdate]:
-        """Simulate all scans, with their starts and the gradients that patches need."""
+        """Simulate or read all scans, with their starts and the gradients that patches need."""
         total = len(self.objects) + len(self.held_out)
-        views = self.config.data.views
-        for i, (kind, seed) in enumerate([*self.objects, *self.held_out]):
-            held_out = i >= len(self.objects)
-            place = i - len(self.objects) if held_out else i * self.world + self.rank
-            example = self._example(kind, seed, views[place % len(views)])
-            (self.validation if held_out else self.examples).append(example)
+        every: Sequence[int | None] = self.config.data.views or (None,)
+        for i, (thing, seed) in enumerate([*self.objects, *self.held_out]):
+            place = i - len(self.objects)
+            if self.splitting and place < 0:
+                self.splits.extend(self._splits(thing, seed, every))
+            elif self.splitting:
+                self.held_out_splits.append(next(self._splits(thing, seed, [every[place % len(every)]])))
+            elif place < 0:
+                self.examples.extend(self._examples(thing, seed, every))
+            else:
+                self.validation.extend(self._examples(thing, seed, [every[place % len(every)]]))
             yield TrainingUpdate("preparing", i + 1, total, seconds=self._seconds())
+        if self.config.data.scans is not None:  # a patch that all volumes have room for
+            starts = [e.start for e in (*self.examples, *self.validation)]
+            starts += [split.start for split in (*self.splits, *self.held_out_splits)]
+            d, h, w = (min(self.config.optimisation.patch, *(s.shape[k] for s in starts)) for k in (2, 3, 4))
+            self.patch = self.model.patch_size = d if d == h == w else (d, h, w)
 
-    def _example(self, kind: str | Path, seed: int, views: int) -> _Example:
-        from napari_recon.physics.ramp_filtered import RampFiltered
+    def _scans(
+        self, thing: str | Path | OwnScan, seed: int, views: Sequence[int | None]
+    ) -> Iterator[tuple[Tensor | None, Tensor, XRayTransform]]:
+        """The truth, the measurements and the physics of an object's scans, or of one's own with some of its views."""
         from napari_recon.physics.xray import XRayTransform
-        from napari_recon.reconstruction.fdk import FDK
+
+        if not isinstance(thing, str | Path):
+            for count in views:
+                yield thing.read(count, self.device)
+            return
+        counts = [count for count in views if count is not None]
+        for count, (truth, y) in zip(counts, _simulate(thing, seed, self.config.data, counts), strict=True):
+            if count not in self.circles:
+                grid = Grid((self.config.data.size,) * 3, EXTENT / self.config.data.size)
+                self.circles[count] = XRayTransform(_circle(grid, count), grid, device=self.device)
+            yield truth.to(self.device), y.to(self.device), self.circles[count]
+
+    def _physics_of(self, xray: XRayTransform) -> tuple[LinearPhysics, RampFiltered | None]:
+        """What data steps are taken with, and what a start may need; simulated scans of as many views share them."""
+        from napari_recon.physics.ramp_filtered import RampFiltered
+
+        views, method = xray.geometry.views, self.config.method
+        if self.simulated and views in self.physics:
+            return self.physics[views], self.ramps[views]
+        ramp = RampFiltered(xray) if method.step == "ramp" or method.start != "fdk" else None
+        physics: LinearPhysics = ramp if ramp is not None and method.step == "ramp" else xray
+        if self.simulated:
+            self.physics[views], self.ramps[views] = physics, ramp
+        return physics, ramp
+
+    def _start(self, y: Tensor, xray: XRayTransform, ramp: RampFiltered | None) -> Tensor:
+        """What the method begins with."""
+        from napari_recon.reconstruction.start import start_volume
+        from napari_recon.reconstruction.tv import PreconditionedTV
+
+        start = self.config.method.start
+        return start_volume("fdk", y, xray) if start == "fdk" else PreconditionedTV.of(start)(y, xray, ramp=ramp)
+
+    def _examples(self, thing: str | Path | OwnScan, seed: int, views: Sequence[int | None]) -> Iterator[_Example]:
+        """Scans whose truth is known."""
+        from napari_recon.physics.normal import fit_normal_operator
+        from napari_recon.physics.ramp_filtered import RampFiltered
         from napari_recon.reconstruction.start import brightness
 
-        truth, y = (t.to(self.device) for t in _simulate(kind, seed, self.config.data, views))
-        grid = Grid((self.config.data.size,) * 3, EXTENT / self.config.data.size)
-        xray = XRayTransform(_circle(grid, views), grid, device=self.device)
-        start = FDK()(y, xray)
-        example = _Example(truth, start, brightness(start) or 1.0, views)
-        if self.config.method.name == "unrolled":
-            if views not in self.physics:
-                self.physics[views] = RampFiltered(xray) if self.config.method.step == "ramp" else xray
+        for truth, y, xray in self._scans(thing, seed, views):
+            assert truth is not None
+            physics, ramp = self._physics_of(xray)
+            start, count = self._start(y, xray, ramp), xray.geometry.views
+            inside = _inside(self.config.data.size) if self.simulated else _seen(xray)
+            size = xray.grid.voxel_size
+            example = _Example(truth, start, brightness(start) or 1.0, count, physics, inside, size)
+            example.error = float((start - truth).square().mean()) / example.scale**2
+            if self.config.method.name == "unrolled":
                 if self.config.method.normal == "fit":
-                    from napari_recon.physics.normal import fit_normal_operator
+                    if not self.simulated or count not in self.operators:
+                        self.operators[count] = fit_normal_operator(physics, seed=self.config.seed)
+                    example.operator = self.operators[count]
+                measured = physics.measurement(y) if isinstance(physics, RampFiltered) else y
+                example.noise_gradient = physics.A_adjoint(physics.A(truth) - measured) / _norm(physics)
+                example.start_gradient = self._normal(example, None)(start - truth)
+            yield example
 
-                    self.operators[views] = fit_normal_operator(self.physics[views], seed=self.config.seed)
-            physics = self.physics[views]
-            measured = physics.measurement(y) if isinstance(physics, RampFiltered) else y
-            example.noise_gradient = physics.A_adjoint(physics.A(truth) - measured) / self._norm(views)
-            example.start_gradient = self._normal(views, None)(start - truth)
-        return example
+    def _splits(self, thing: OwnScan, seed: int, views: Sequence[int | None]) -> Iterator[Split]:
+        """One's own scan without each part of its views, in turn."""
+        from napari_recon.learning.own_scans import Split, split_views
+        from napari_recon.physics.ramp_filtered import RampFiltered
+        from napari_recon.reconstruction.start import brightness
 
-    def _norm(self, views: int) -> float:
-        from napari_recon.reconstruction.start import operator_sqnorm
+        for _, y, xray in self._scans(thing, seed, views):
+            seed_of_parts = (self.config.seed, seed, xray.geometry.views)
+            for seen, left_out in split_views(xray.geometry.views, self.config.data.splits, seed_of_parts):
+                part, others = xray.subset(seen), xray.subset(left_out)
+                y_part, y_others = y[:, :, :, seen], y[:, :, :, left_out]
+                physics, ramp = self._physics_of(part)
+                start = self._start(y_part, part, ramp)
+                measured = physics.measurement(y_part) if isinstance(physics, RampFiltered) else y_part
+                back = physics.A_adjoint(measured) / _norm(physics)
+                scale = brightness(start) or 1.0
+                yield Split(start, scale, physics, back, _norm(physics), others, y_others)
 
-        return operator_sqnorm(self.physics[views])
-
-    def _normal(self, views: int, box: Box | None) -> Callable[[Tensor], Tensor]:
+    def _normal(self, example: _Example, box: Box | None) -> Callable[[Tensor], Tensor]:
         """AᵀA / ‖A‖² of the volume (exactly), or on a patch (as configured)."""
-        norm, physics = self._norm(views), self.physics[views]
+        norm, physics = _norm(example.physics), example.physics
         if box is None:
             return lambda x: physics.A_adjoint_A(x) / norm
-        if views in self.operators:
-            h = self.operators[views].patch(box)
+        if example.operator is not None:
+            h = example.operator.patch(box)
             return lambda x: h.apply(x) / norm
         patch: Any = physics
         restricted = patch.restrict(box)
@@ -546,15 +753,17 @@ class _Trainer:
                 torch.nn.utils.clip_grad_norm_(parameters, optimisation.clip)
                 self.optimiser.step()
                 self.step += 1
-                figures, patch, truth = {"loss": total, "learning_rate": rate}, None, None
+                figures: dict[str, float] = {"loss": total, "learning_rate": rate}
+                seen = _Seen()
                 last = self.step == optimisation.steps
                 if self.rank == 0 and (last or self.step % validation.every == 0):
-                    found, patch, truth = self._validate()
+                    found, seen = self._validate()
                     figures |= found
                 if self.rank == 0 and not last and self.step % self.config.checkpoint_every == 0:
                     self._checkpoint()
                     saved = self.step
-                yield TrainingUpdate("training", self.step, optimisation.steps, figures, self._seconds(), patch, truth)
+                told = (seen.patch, seen.start, seen.truth, seen.voxel_size)
+                yield TrainingUpdate("training", self.step, optimisation.steps, figures, self._seconds(), *told)
         except GeneratorExit:
             # Between two steps: everything is whole.
             if self.rank == 0 and saved < self.step < optimisation.steps:
@@ -598,9 +807,12 @@ class _Trainer:
 
         # Drawn afresh from what identifies the batch: resuming needs no generator's state.
         rng = np.random.default_rng([self.config.seed, self.step, micro, self.rank])
+        if self.splitting:
+            return self._splitting_loss(rng)
         drawn = [self._draw(rng) for _ in range(self.config.optimisation.batch)]
         starts, truths = torch.cat([d.start for d in drawn]), torch.cat([d.truth for d in drawn])
         scale = torch.tensor([d.scale for d in drawn], device=self.device).reshape(-1, 1, 1, 1, 1)
+        self.mirror.axes = self._mirrored(rng)
         if isinstance(self.model, UnrolledPGD):
 
             def gradient(x: Tensor) -> Tensor:
@@ -611,29 +823,84 @@ class _Trainer:
                 pass
         else:
             found = self.model.denoise(starts, scale)
-        error = (found - truths) / scale
-        return error.abs().mean() if self.config.optimisation.loss == "l1" else error.square().mean()
+        self.mirror.axes = []
+        error, loss = (found - truths) / scale, self.config.optimisation.loss
+        if loss == "relative":
+            usual = torch.tensor([d.error for d in drawn], device=self.device)
+            return (error.square().mean((1, 2, 3, 4)) / usual).mean()
+        return error.abs().mean() if loss == "l1" else error.square().mean()
+
+    def _mirrored(self, rng: np.random.Generator) -> list[int]:
+        """Axes in which the network is to see its volumes mirrored."""
+        mirrored = rng.random(3) < 0.5 if self.config.optimisation.flips else np.zeros(3, bool)
+        return [axis for axis, flip in zip((2, 3, 4), mirrored, strict=True) if flip]
+
+    def _splitting_loss(self, rng: np.random.Generator) -> Tensor:
+        """How well reconstructions from a part of the views explain the views that were left out, over their starts."""
+        import torch
+
+        losses = []
+        for _ in range(self.config.optimisation.batch):
+            split = self.splits[int(rng.integers(len(self.splits)))]
+            error = split.residual(self._of_split(split, self._mirrored(rng)))
+            if self.config.optimisation.loss == "l1":
+                losses.append(error.abs().mean() / math.sqrt(split.error))
+            else:
+                losses.append(error.square().mean() / split.error)
+        return torch.stack(losses).mean()
+
+    def _of_split(self, split: Split, mirrored: Sequence[int] = ()) -> Tensor:
+        """The whole volume from the views that are seen; differentiable, with one network's features at a time."""
+        from torch.utils.checkpoint import checkpoint
+
+        from napari_recon.reconstruction.unrolled import UnrolledPGD
+
+        model, x = self.model, split.start
+
+        def denoise(v: Tensor, iteration: int) -> Tensor:
+            self.mirror.axes = list(mirrored)  # here, since it is run again on the way back
+            if isinstance(model, UnrolledPGD):
+                out = model.denoise(v, iteration, split.scale)
+            else:
+                out = model.denoise(v, split.scale)
+            self.mirror.axes = []
+            return out
+
+        if not isinstance(model, UnrolledPGD):
+            return denoise(x, 0)
+        for k in range(model.iterations):
+            *_, x = model.descend(x, split.gradient, k)
+            found: Tensor = checkpoint(denoise, x, k, use_reentrant=False)
+            x = found
+        return x
 
     def _draw(self, rng: np.random.Generator) -> _Patch:
         """A random patch of a random scan, in one of the contexts."""
         example = self.examples[int(rng.integers(len(self.examples)))]
-        corner = [int(rng.integers(n - self.patch + 1)) for n in example.truth.shape[2:]]
-        box: Box = tuple(slice(a, a + self.patch) for a in corner)  # type: ignore[assignment]
+        edges = self._edges()
+        corner = [int(rng.integers(n - p + 1)) for n, p in zip(example.truth.shape[2:], edges, strict=True)]
+        box: Box = tuple(slice(a, a + p) for a, p in zip(corner, edges, strict=True))  # type: ignore[assignment]
         at = (..., *box)
-        start, truth, part, of_first = example.start, example.truth, 0.0, False
+        truth = example.truth[at]
+        part, of_first, second = 0.0, False, False
         if rng.random() < self.config.optimisation.context_mix:
             of_first = example.first is not None and rng.random() < 0.5
-            part = 1.0 if of_first else rng.random()
+            # The context of the first pass is the start itself; that of the second is better, and begun from.
+            part, second = 1.0 if of_first else rng.uniform(0.5, 1.0), rng.random() < 0.5
         if example.noise_gradient is None or example.start_gradient is None:
-            return _Patch(truth[at], start[at], example.scale)
+            return _Patch(truth, example.start[at], example.scale, example.error)
         at_context = example.noise_gradient[at]
-        volume, gradient = start, example.start_gradient
+        volume, gradient = example.start, example.start_gradient
         if of_first and example.first is not None and example.first_gradient is not None:
             volume, gradient = example.first, example.first_gradient
         if part:
             at_context = at_context + part * gradient[at]
-        context = truth[at] + part * (volume[at] - truth[at])
-        return _Patch(truth[at], volume[at], example.scale, at_context, context, self._normal(example.views, box))
+        context = truth + part * (volume[at] - truth)
+        start = context if second else volume[at]
+        return _Patch(truth, start, example.scale, example.error, at_context, context, self._normal(example, box))
+
+    def _edges(self) -> tuple[int, ...]:
+        return (self.patch,) * 3 if isinstance(self.patch, int) else self.patch
 
     # -- whole volumes --------------------------------------------------------------------------------------------
 
@@ -653,12 +920,12 @@ class _Trainer:
                 for _ in apply_by_patches(denoise, example.start, x, partition, batch):
                     pass
                 return x
-            unrolled, normal = self.model, self._normal(example.views, None)
+            unrolled, normal = self.model, self._normal(example, None)
             assert example.noise_gradient is not None
+            noise = example.noise_gradient
             for k in range(unrolled.iterations):
-                gradient = normal(x - example.truth) + example.noise_gradient
-                x.sub_(unrolled.step_sizes[k] * gradient)
-                denoise = partial(unrolled.denoise, iteration=k, scale=example.scale)
+                *_, x = unrolled.descend(x, lambda v: normal(v - example.truth) + noise, k)
+                denoise, x = partial(unrolled.denoise, iteration=k, scale=example.scale), x.clone()
                 for _ in apply_by_patches(denoise, x.clone(), x, partition, batch):
                     pass
         return x
@@ -670,43 +937,59 @@ class _Trainer:
         self.refreshed = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
         for example in self.examples:
             example.first = self._first_pass(example)
-            example.first_gradient = self._normal(example.views, None)(example.first - example.truth)
+            example.first_gradient = self._normal(example, None)(example.first - example.truth)
 
-    def _validate(self) -> tuple[dict[str, float], NDArray[np.float32], NDArray[np.float32]]:
-        """Figures of first passes on the held-out scans; the weights are written if they are the best so far."""
+    def _validate(self) -> tuple[dict[str, float], _Seen]:
+        """Figures of the held-out scans; the weights are written if they are the best so far."""
         import torch
 
         from napari_recon.learning.networks import save_weights
 
-        inside = torch.from_numpy(_inside(self.config.data.size)).to(self.device)
-        found, begun = [], []
-        middle: Any = tuple(
-            slice((n - self.patch) // 2, (n - self.patch) // 2 + self.patch) for n in self.validation[0].truth.shape[2:]
-        )
-        for i, example in enumerate(self.validation):
+        found, begun, seen = [], [], _Seen()
+        for example in self.validation:
             x = self._first_pass(example)
-            found.append(_psnr(x, example.truth, inside))
-            begun.append(_psnr(example.start, example.truth, inside))
-            if i == 0:
-                patch, truth = (v[0, 0][middle].cpu().numpy() for v in (x, example.truth))
+            found.append(_psnr(x, example.truth, example.inside))
+            begun.append(_psnr(example.start, example.truth, example.inside))
+            if seen.patch is None:
+                seen = self._middle(x, example.start, example.truth, example.voxel_size)
+        for split in self.held_out_splits:
+            with torch.no_grad():
+                x = self._of_split(split)
+            found.append(split.psnr(x))
+            begun.append(split.psnr(split.start))
+            if seen.patch is None:
+                seen = self._middle(x, split.start, None, split.left_out.grid.voxel_size)
         figures = {"psnr": float(np.mean(found)), "start_psnr": float(np.mean(begun))}
         if figures["psnr"] > self.best or self.best == -math.inf:
             self.best = figures["psnr"]
             kept = figures | {"steps": float(self.step)}
             save_weights(self.model, self.output, self._card(kept), self.config.model_dump(mode="json"), kept)
-        return figures | {"best_psnr": self.best}, patch, truth
+        return figures | {"best_psnr": self.best}, seen
+
+    def _middle(self, x: Tensor, start: Tensor, truth: Tensor | None, voxel_size: float) -> _Seen:
+        """A patch in the middle of volumes (1, 1, D, H, W)."""
+        at: Any = tuple(slice((n - p) // 2, (n - p) // 2 + p) for n, p in zip(x.shape[2:], self._edges(), strict=True))
+        patch, begun = (v[0, 0][at].cpu().numpy() for v in (x, start))
+        return _Seen(patch, begun, None if truth is None else truth[0, 0][at].cpu().numpy(), voxel_size)
 
     def _card(self, figures: dict[str, float]) -> str:
         data = self.config.data
         source = f"volumes of {data.folder.name}" if data.folder else f"synthetic objects ({', '.join(data.kinds)})"
         noise = "without noise" if data.photons is None else f"{data.photons:g} photons a pixel"
+        views = f"with {', '.join(map(str, data.views))} views" if data.views else "with all views"
+        what = f"{data.count} {source} of {data.size} voxels an edge, cone beam {views}, {noise}"
+        if data.scans is not None:
+            how = "without references, by leaving views out" if self.splitting else "with reference volumes"
+            what = f"{len(self.objects)} scans of {data.scans.name} {views}, {how}"
+        edge = self.patch if isinstance(self.patch, int) else " x ".join(map(str, self.patch))
+        each = "whole volumes" if self.splitting else f"patches of {edge} voxels an edge"
         lines = [
             self.config.card,
             f"{self.config.method.name} with the network {self.config.network.name!r}, trained for {self.step} steps "
-            f"of {self.config.optimisation.batch * self.config.optimisation.accumulation * self.world} patches of "
-            f"{self.patch} voxels an edge, on {data.count} {source} of {data.size} voxels an edge, cone beam with "
-            f"{', '.join(map(str, data.views))} views, {noise}.",
-            f"Validation: {figures['psnr']:.2f} dB (its start {figures['start_psnr']:.2f} dB).",
+            f"of {self.config.optimisation.batch * self.config.optimisation.accumulation * self.world} {each}, on "
+            f"{what}.",
+            f"Validation{' (projections left out)' if self.splitting else ''}: {figures['psnr']:.2f} dB (its start "
+            f"{figures['start_psnr']:.2f} dB).",
         ]
         return "\n".join(line for line in lines if line)
 
@@ -742,7 +1025,8 @@ class _Trainer:
             return
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
-            kept = json.loads(state["config"])
+            # Entries that came with a later version are then at their defaults.
+            kept = TrainingConfig.model_validate_json(state["config"]).model_dump(mode="json")
         except Exception as error:  # whatever a damaged file makes torch raise
             reason = str(error).partition("\n")[0]
             raise ScanError(f"The checkpoint {path} cannot be read ({reason}): delete it to begin anew.") from None
@@ -765,6 +1049,29 @@ class _Trainer:
         return time.perf_counter() - self.started
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What is to be seen of a validation."""
+
+    patch: NDArray[np.float32] | None = None
+    start: NDArray[np.float32] | None = None
+    truth: NDArray[np.float32] | None = None
+    voxel_size: float = 1.0
+
+
+class _Mirror:
+    """Shows a network its volumes mirrored in ``axes``, and turns back what it says."""
+
+    def __init__(self) -> None:
+        self.axes: list[int] = []
+
+    def before(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        return (inputs[0].flip(self.axes), *inputs[1:]) if self.axes else None
+
+    def after(self, network: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        return output.flip(self.axes) if self.axes else None
+
+
 @dataclass
 class _Patch:
     """A patch to train on, (1, 1, p, p, p), and what its gradient is made of."""
@@ -772,6 +1079,7 @@ class _Patch:
     truth: Tensor
     start: Tensor
     scale: float
+    error: float
     at_context: Tensor | float = 0.0
     context: Tensor | float = 0.0
     normal: Callable[[Tensor], Tensor] | None = None
@@ -782,6 +1090,24 @@ class _Patch:
         return self.at_context + self.normal(x - self.context)
 
 
-def _psnr(x: Tensor, truth: Tensor, inside: torch.Tensor) -> float:
-    error = (x.clamp(min=0) - truth)[..., inside].square().mean()
+def _norm(physics: LinearPhysics) -> float:
+    from napari_recon.reconstruction.start import operator_sqnorm
+
+    return operator_sqnorm(physics)
+
+
+def _seen(xray: XRayTransform) -> NDArray[np.bool_]:
+    """The columns of voxels that a scan sees, (H, W)."""
+    grid, radius = xray.grid, xray.geometry.field_of_view_radius
+    _, y0, x0 = grid.translate
+    y, x = (start + grid.voxel_size * np.arange(n) for start, n in zip((y0, x0), grid.shape[1:], strict=True))
+    inside: NDArray[np.bool_] = np.hypot(y[:, None], x[None]) <= radius
+    return inside if inside.any() else np.ones_like(inside)
+
+
+def _psnr(x: Tensor, truth: Tensor, inside: NDArray[np.bool_]) -> float:
+    """In dB, of values above zero, where the last two axes are ``inside``; its range is the truth's."""
+    import torch
+
+    error = (x.clamp(min=0) - truth)[..., torch.from_numpy(inside).to(x.device)].square().mean()
     return 10 * math.log10(float(truth.max()) ** 2 / max(float(error), 1e-30))

@@ -22,7 +22,9 @@ def start_volume(start: Start | None, y: Tensor, physics: LinearPhysics) -> Tens
     ----------
     start
         "fdk" (or None) is FDK for X-rays; for any other physics ten conjugate-gradient steps on the normal equations,
-        few enough to leave the noise out. "zeros"; a volume; or a function of (y, physics).
+        few enough to leave the noise out. "tv" and "least-squares": that, and then some ramp-filtered steps with or
+        without total variation (:class:`napari_recon.reconstruction.tv.PreconditionedTV`). "zeros"; a volume; or a
+        function of (y, physics).
     """
     if isinstance(start, Tensor):
         return start.detach().clone()
@@ -30,8 +32,15 @@ def start_volume(start: Start | None, y: Tensor, physics: LinearPhysics) -> Tens
         return start(y, physics).detach().clone()
     if start == "zeros":
         return torch.zeros_like(physics.A_adjoint(y))
+    if start in ("tv", "least-squares"):
+        from napari_recon.reconstruction.tv import PreconditionedTV
+
+        return PreconditionedTV.of(start)(y, physics)
     if start not in (None, "fdk"):
-        raise ScanError(f"The start {start!r} is unknown: use 'fdk', 'zeros', a volume, or a function of (y, physics).")
+        raise ScanError(
+            f"The start {start!r} is unknown: use 'fdk', 'tv', 'least-squares', 'zeros', a volume, or a function of "
+            "(y, physics)."
+        )
     if is_xray(physics):
         from napari_recon.reconstruction.fdk import FDK
 

@@ -14,11 +14,18 @@ from numba import njit, prange
 from torch import Tensor
 
 from napari_recon.physics.projectors import kernel_lock
-from napari_recon.reconstruction.start import Start, brightness, operator_sqnorm, start_volume
+from napari_recon.physics.ramp_filtered import RampFiltered
+from napari_recon.reconstruction.start import Start, brightness, is_xray, operator_sqnorm, start_volume
 from napari_recon.reconstruction.streaming import StreamingReconstructor, Update, whole
 from napari_recon.scans.errors import ScanError
 
 _FAST: dict[str, Any] = {"fastmath": True, "cache": True, "nogil": True, "error_model": "numpy", "parallel": True}
+
+WEIGHT_PER_VIEW = 0.04
+"""Relative weight of TV per view and voxel across, with ramp-filtered residuals..."""
+
+LARGEST_WEIGHT = 0.01
+"""... as long as views are missing; from a quarter as many views as voxels on, the weight stays."""
 
 
 class TVPrior(dinv.optim.Prior):
@@ -375,3 +382,55 @@ class TV(StreamingReconstructor):
             yield Update(
                 box, x, iteration, self.iterations, figures(ax, x), box if iteration < self.iterations else None
             )
+
+
+class PreconditionedTV(StreamingReconstructor):
+    """Total variation in a few steps: ½‖F^½(Ax − y)‖² + weight · TV(x), x >= 0, the residual being ramp-filtered.
+
+    The objective is not that of :class:`TV`, in which low frequencies weigh more, but its steps converge several times
+    faster, and where they end is about as good (docs/benchmarks.md). For physics without a ramp it is TV.
+
+    Parameters
+    ----------
+    iterations
+        Gradient steps.
+    regularization
+        Relative weight, see :func:`tv_threshold`; None takes :data:`WEIGHT_PER_VIEW` times the views per voxel across
+        the volume: the more of it is measured, the more noise there is to damp, and the less is missing. 0 leaves least
+        squares.
+    """
+
+    def __init__(self, iterations: int = 40, regularization: float | None = None) -> None:
+        super().__init__()
+        self.iterations, self.regularization = int(iterations), regularization
+
+    @classmethod
+    def of(cls, start: str) -> PreconditionedTV:
+        """What the starts "tv" and "least-squares" (twelve steps: more fit the noise) stand for."""
+        return cls() if start == "tv" else cls(12, 0.0)
+
+    @torch.no_grad()
+    def stream(
+        self, y: Tensor, physics: LinearPhysics, ramp: RampFiltered | None = None, **options: Any
+    ) -> Iterator[Update]:
+        """Yield FDK as the start, then the volume after each iteration.
+
+        Parameters
+        ----------
+        y, physics
+            Measurements and their physics; of a RampFiltered physics its own ``measurement(y)``, whose adjoint is then
+            the start.
+        ramp
+            RampFiltered(physics), where it is there already: it costs some products to make.
+        """
+        start = physics.A_adjoint(y) if isinstance(physics, RampFiltered) else start_volume(None, y, physics)
+        if is_xray(physics):
+            physics = ramp or RampFiltered(physics)
+            y = physics.measurement(y)
+        weight = self.regularization
+        if weight is None:
+            weight = 1e-3
+            if isinstance(physics, RampFiltered):
+                across = max(physics.grid.shape)
+                weight = min(WEIGHT_PER_VIEW * physics.geometry.views / across, LARGEST_WEIGHT)
+        yield from TV(self.iterations, weight).stream(y, physics, init=start)

@@ -1,6 +1,8 @@
 """Learned reconstruction: data steps and a network in turn (unrolled), or the network after a start.
 
-    x₍ₖ₊₁₎ = D(x₍ₖ₎ − t₍ₖ₎ · step(x₍ₖ₎)),   step(x) = Aᵀ(Ax − y) / ‖A‖²   or the same with the residual ramp-filtered.
+    x₍ₖ₊₁₎ = D(x₍ₖ₎ − t₍ₖ₎ · step(x₍ₖ₎)),   step(x) = Aᵀ(Ax − y) / ‖A‖²   or the same with the residual ramp-filtered,
+
+or several such steps, accelerated, before each use of D: they cost little beside a network.
 
 The first pass works on the whole volume: global data steps, the network patch by patch. Its result is the context of a
 second pass, in which every patch takes all its steps by itself, exactly or with H ≈ AᵀA: the network's memory is that
@@ -12,6 +14,7 @@ the attenuation: D(x) = s · network(x / s).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from functools import partial
@@ -27,10 +30,17 @@ from napari_recon.physics.ramp_filtered import RampFiltered
 from napari_recon.reconstruction.partitioned import Focus, Partition, PartitionedReconstructor
 from napari_recon.reconstruction.start import Start, brightness, operator_sqnorm, start_volume
 from napari_recon.reconstruction.streaming import Region, StreamingReconstructor, Update, whole
+from napari_recon.reconstruction.tv import PreconditionedTV
 from napari_recon.scans.errors import ScanError
 
 Step = Literal["ramp", "gradient"]
 Gradient = Callable[[Tensor], Tensor]
+
+QUICK_STARTS = ("tv", "least-squares")
+"""Starts that take steps themselves."""
+
+SLICES = 16
+"""A single slice is repeated so often for a network of volumes."""
 
 
 def apply_by_patches(
@@ -97,13 +107,29 @@ class _Learned(StreamingReconstructor):
 
     def _shown(self, network: nn.Module, x: Tensor, scale: float | Tensor) -> Tensor:
         """S · network(x / s)."""
+        shown = x / scale
+        flat = x.ndim == 5 and x.shape[2] == 1
+        if flat:  # a slice of a fan beam: of an object that goes on above and below, as those of training do
+            shown = shown.expand(-1, -1, SLICES, -1, -1)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.mixed_precision):
-            out = network(x / scale)
+            out = network(shown)
+        if flat and out.shape == shown.shape:
+            out = out[:, :, SLICES // 2 : SLICES // 2 + 1]
         if out.shape != x.shape:
             raise ScanError(
                 f"The network returned {tuple(out.shape)} for {tuple(x.shape)}; it must keep the shape of its volumes."
             )
         return out.float() * scale
+
+    def _starting(
+        self, y: Tensor, physics: LinearPhysics, init: Start | None, ramp: LinearPhysics | None
+    ) -> Iterator[Update]:
+        """The start, and the steps that it takes."""
+        begin = self.init if init is None else init
+        if isinstance(begin, str) and begin in QUICK_STARTS:
+            return PreconditionedTV.of(begin).stream(y, physics, ramp=ramp)
+        x = start_volume(begin, y, physics)
+        return iter([Update(whole(x), x, 0, 0)])
 
     def _partition(self, x: Tensor) -> Partition:
         size = tuple(x.shape[2:]) if self.patch_size is None else self.patch_size
@@ -130,7 +156,12 @@ class UnrolledPGD(_Learned):
         "ramp": AᵀF(Ax − y), the ramp-filtered residual projected back (X-rays only): worth 2 dB or more in few steps.
         "gradient": Aᵀ(Ax − y) of any physics.
     step_size
-        Where the learned steps t start, in units of 1 / ‖AᵀFA‖ or 1 / ‖A‖²: below 2 a step does not diverge.
+        Where the learned steps t start, in units of 1 / ‖AᵀFA‖ or 1 / ‖A‖²: below 2 a single step does not diverge,
+        and of several accelerated ones at most 1.
+    data_steps
+        Data steps before each use of the network, with Nesterov's momentum from the second on.
+    nonnegative
+        Whether data steps set values below zero to zero, as attenuation is not negative.
     patch_size, stride, batch
         Edge of the patches (None: the network takes the volume whole), step between them, and how many at a time.
     passes
@@ -158,6 +189,8 @@ class UnrolledPGD(_Learned):
         tied: bool = True,
         step: Step = "ramp",
         step_size: float = 1.8,
+        data_steps: int = 1,
+        nonnegative: bool = False,
         patch_size: int | Sequence[int] | None = None,
         stride: int | Sequence[int] | None = None,
         batch: int = 1,
@@ -168,11 +201,14 @@ class UnrolledPGD(_Learned):
         super().__init__(patch_size, stride, batch, init)
         if int(iterations) < 1 or int(passes) < 1:
             raise ScanError(f"UnrolledPGD needs at least one iteration and one pass, not {iterations} and {passes}.")
+        if int(data_steps) < 1:
+            raise ScanError(f"UnrolledPGD needs at least one data step before the network, not {data_steps}.")
         if step not in get_args(Step):
             raise ScanError(f"The step {step!r} is unknown: use 'ramp' or 'gradient'.")
         if int(passes) > 1 and patch_size is None:
             raise ScanError("A second pass goes patch by patch: give UnrolledPGD a patch_size.")
         self.iterations, self.tied, self.step, self.passes = int(iterations), bool(tied), step, int(passes)
+        self.data_steps, self.nonnegative = int(data_steps), bool(nonnegative)
         count = 1 if tied else self.iterations
         self.networks = nn.ModuleList([network, *(deepcopy(network) for _ in range(count - 1))])
         self.step_sizes = nn.Parameter(torch.full((self.iterations,), float(step_size)))
@@ -195,7 +231,21 @@ class UnrolledPGD(_Learned):
             Brightness s, a number or (B, 1, 1, 1, 1).
         """
         for k in range(self.iterations):
-            x = self.denoise(x - self.step_sizes[k] * gradient(x), k, scale)
+            *_, x = self.descend(x, gradient, k)
+            x = self.denoise(x, k, scale)
+            yield x
+
+    def descend(self, x: Tensor, gradient: Gradient, iteration: int) -> Iterator[Tensor]:
+        """Yield x after each of the data steps of an iteration; differentiable."""
+        z, t = x, 1.0
+        for left in reversed(range(self.data_steps)):
+            following = z - self.step_sizes[iteration] * gradient(z)
+            if self.nonnegative:
+                following = following.clamp(min=0)
+            if left:
+                t_next = (1 + math.sqrt(1 + 4 * t * t)) / 2
+                z, t = following + (t - 1) / t_next * (following - x), t_next
+            x = following
             yield x
 
     def denoise(self, x: Tensor, iteration: int, scale: float | Tensor) -> Tensor:
@@ -207,7 +257,9 @@ class UnrolledPGD(_Learned):
         alone = self.patch_size is None and not isinstance(physics, NormalPhysics)
         if not (alone and self.training and torch.is_grad_enabled()):
             return super().forward(y, physics, **options)
-        x, y, physics, _ = self._begin(y, physics, options.get("init"), None)
+        y, physics, starting = self._begin(y, physics, options.get("init"), None, options.get("ramp"))
+        *_, started = starting
+        x = started.values
         norm = operator_sqnorm(physics)
         iterates = self.unroll(x, lambda v: physics.A_adjoint(physics.A(v) - y) / norm, self._scale(x))
         return list(iterates)[-1]
@@ -220,6 +272,7 @@ class UnrolledPGD(_Learned):
         operator: NormalOperator | None = None,
         init: Start | None = None,
         focus: Focus = None,
+        ramp: RampFiltered | None = None,
         **options: Any,
     ) -> Iterator[Update]:
         """Yield the start, the volume after every data step, and a box after every patch that the network did.
@@ -236,6 +289,8 @@ class UnrolledPGD(_Learned):
             Overrides the constructor's.
         focus
             Which patches come first, as for PartitionedReconstructor.
+        ramp
+            RampFiltered(physics), where it is there already: it costs some products to make.
 
         Raises
         ------
@@ -259,29 +314,41 @@ class UnrolledPGD(_Learned):
                     "This UnrolledPGD takes ramp-filtered steps, but the wrapper's normal operator stands for AᵀA "
                     "without the filter: fit one to step_physics(physics), and pass it as operator."
                 )
-        x, y, physics, operator = self._begin(y, physics, init, operator)
+        y, physics, starting = self._begin(y, physics, init, operator, ramp)
+        first = next(starting)
+        x, box = first.values, whole(first.values)
+        partition = self._partition(x)
+        a_pass = first.total + self.iterations * (self.data_steps + len(partition))
+        total = a_pass + (self.passes - 1) * len(partition)
+        yield Update(box, x, 0, total, first.figures, box)
+        for update in starting:
+            x = update.values
+            yield Update(box, x, update.step, total, update.figures, box)
+        step, x = first.total, x.clone()
         norm, scale = operator_sqnorm(physics, tuple(x.shape[1:]), x.device), self._scale(x)
         size = float(torch.linalg.vector_norm(y)) or 1.0
-        partition, box = self._partition(x), whole(x)
-        a_pass = self.iterations * (1 + len(partition))
-        step, total = 0, a_pass + (self.passes - 1) * len(partition)
-        shown = x.clone()
-        yield Update(box, shown, 0, total, {}, box)
+        residual = 0.0
+
+        def gradient(v: Tensor) -> Tensor:
+            nonlocal residual
+            difference = physics.A(v).sub_(y)
+            residual = float(torch.linalg.vector_norm(difference)) / size
+            return physics.A_adjoint(difference).div_(norm)
+
+        shown = torch.empty_like(x)
         for k in range(self.iterations):
-            residual = physics.A(x) - y
-            figures = {"residual": float(torch.linalg.vector_norm(residual)) / size}
-            x.sub_(physics.A_adjoint(residual) * (self.step_sizes[k] / norm))
-            del residual
+            for count, x in enumerate(self.descend(x, gradient, k), start=1):  # noqa: B020
+                step += 1
+                following = box if count < self.data_steps else partition.boxes[0]
+                yield Update(box, x, step, total, {"residual": residual}, following)
             shown.copy_(x)
-            step += 1
-            yield Update(box, shown, step, total, figures, partition.boxes[0])
             denoise = partial(self.denoise, iteration=k, scale=scale)
             done = apply_by_patches(denoise, x, shown, partition, self.batch, focus)
             for count, patch in enumerate(done, start=1):
                 step += 1
                 last = count == len(partition) and k == self.iterations - 1 and self.passes == 1
                 yield Update(patch, shown[_at(patch)], step, total, {}, None if last else box)
-            x.copy_(shown)
+            x = shown.clone()
         if self.passes == 1:
             return
         del x
@@ -299,19 +366,19 @@ class UnrolledPGD(_Learned):
                 yield Update(update.box, update.values, a_pass + update.step, total, update.figures, update.next_box)
 
     def _begin(
-        self, y: Tensor, physics: LinearPhysics, init: Start | None, operator: NormalOperator | None
-    ) -> tuple[Tensor, Tensor, LinearPhysics, NormalOperator | None]:
-        """The start, and the measurement and physics whose gradient is taken."""
-        x = start_volume(self.init if init is None else init, y, physics)
-        if operator is not None and operator.shape != tuple(x.shape[2:]):
-            raise ScanError(
-                f"The normal operator is for volumes of {operator.shape} voxels, not {tuple(x.shape[2:])}; fit it for "
-                "this volume."
-            )
-        stepped = self.step_physics(physics)
-        if isinstance(stepped, RampFiltered) and stepped is not physics:
-            y = stepped.measurement(y)
-        return x, y, stepped, operator
+        self,
+        y: Tensor,
+        physics: LinearPhysics,
+        init: Start | None,
+        operator: NormalOperator | None,
+        ramp: RampFiltered | None,
+    ) -> tuple[Tensor, LinearPhysics, Iterator[Update]]:
+        """The measurement and the physics whose gradient is taken, and the steps of the start."""
+        stepped = ramp if ramp is not None and self.step == "ramp" else self.step_physics(physics)
+        filtered = isinstance(stepped, RampFiltered) and stepped is not physics
+        measured = stepped.measurement(y) if filtered else y
+        starting = self._starting(y, physics, init, stepped if filtered else ramp)
+        return measured, stepped, _checked(starting, operator)
 
     def _on_patch(self, b: Tensor, physics: NormalPhysics, init: Start | None) -> Iterator[Update]:
         """K steps on a patch: the gradient at x̃ is A(x̃) − b."""
@@ -370,30 +437,41 @@ class PostProcessing(_Learned):
         """The reconstruction (B, C, D, H, W); differentiable by the weights in training mode, if not by patches."""
         if self.patch_size is not None or not (self.training and torch.is_grad_enabled()):
             return super().forward(y, physics, **options)
-        x = self._start(y, physics, options.get("init"))
-        return self.denoise(x, self._scale(x))
+        *_, started = self._from(y, physics, options.get("init"), options.get("ramp"))
+        return self.denoise(started.values, self._scale(started.values))
 
     @torch.no_grad()
     def stream(
-        self, y: Tensor, physics: LinearPhysics, init: Start | None = None, focus: Focus = None, **options: Any
+        self,
+        y: Tensor,
+        physics: LinearPhysics,
+        init: Start | None = None,
+        focus: Focus = None,
+        ramp: RampFiltered | None = None,
+        **options: Any,
     ) -> Iterator[Update]:
-        """Yield the start, then a box after every patch; as a PartitionedReconstructor's base, its context denoised."""
-        x = self._start(y, physics, init)
-        partition, scale = self._partition(x), self._scale(x)
-        shown = x.clone()
-        yield Update(whole(x), shown, 0, len(partition), {}, whole(x))
+        """Yield the start and its steps, then a box after every patch; as a base of patches, the context denoised."""
+        for update in self._from(y, physics, init, ramp):
+            x, box = update.values, whole(update.values)
+            partition = self._partition(x)
+            begun, total = update.step, update.total + len(partition)
+            yield Update(box, x, update.step, total, update.figures, box)
+        # Who follows the stream may write what comes next into what was yielded.
+        scale, x, shown = self._scale(x), x.clone(), x.clone()
         done = apply_by_patches(lambda v: self.denoise(v, scale), x, shown, partition, self.batch, focus)
-        for step, box in enumerate(done, start=1):
-            following = whole(x) if step < len(partition) else None
-            yield Update(box, shown[_at(box)], step, len(partition), {}, following)
+        for step, region in enumerate(done, start=begun + 1):
+            yield Update(region, shown[_at(region)], step, total, {}, box if step < total else None)
 
-    def _start(self, y: Tensor, physics: LinearPhysics, init: Start | None) -> Tensor:
+    def _from(
+        self, y: Tensor, physics: LinearPhysics, init: Start | None, ramp: RampFiltered | None
+    ) -> Iterator[Update]:
         if isinstance(physics, NormalPhysics) and not isinstance(physics, DiagCirculantWrapper):
-            start = init if isinstance(init, Tensor) else physics.context
-            return (y if start is None else start).clone()
+            context = init if isinstance(init, Tensor) else physics.context
+            x = (y if context is None else context).clone()
+            return iter([Update(whole(x), x, 0, 0)])
         if isinstance(physics, DiagCirculantWrapper) and physics.physics is not None:
             physics = physics.physics
-        return start_volume(self.init if init is None else init, y, physics)
+        return self._starting(y, physics, init, ramp)
 
     def _scale(self, x: Tensor) -> float:
         return self.brightness or brightness(x) or 1.0
@@ -409,6 +487,17 @@ class _OnPatches(Reconstructor):
     def forward(self, y: Tensor, physics: NormalPhysics, init: Tensor, **options: Any) -> Tensor:
         *_, last = self.unrolled.unroll(init, lambda v: (physics.A(v) - y) / self.norm, self.scale)
         return last
+
+
+def _checked(starting: Iterator[Update], operator: NormalOperator | None) -> Iterator[Update]:
+    """The steps of a start, once it is sure that the operator is for such volumes."""
+    for update in starting:
+        shape = tuple(update.values.shape[2:])
+        if operator is not None and operator.shape != shape:
+            raise ScanError(
+                f"The normal operator is for volumes of {operator.shape} voxels, not {shape}; fit it for this volume."
+            )
+        yield update
 
 
 def _at(box: Region) -> Any:

@@ -6,9 +6,10 @@ of its layers, which stay; those of a normal operator and of a what-if can be ar
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from napari_recon.jobs.job import Job, ReconstructionJob
+from napari_recon.jobs.job import Job, ReconstructionJob, UnrolledParameters
 from napari_recon.jobs.messages import Failed, Finished, Progress, VolumeReady
 from napari_recon.widgets import layers as shown
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 THIN = 8
 """Slices below which a volume is shown in 2D whatever was asked for."""
-METHOD_NAMES = {"fdk": "FDK", "sirt": "SIRT", "tv": "TV", "padmm": "PADMM", "unrolled": "Unrolled"}
+METHOD_NAMES = {"fdk": "FDK", "sirt": "SIRT", "tv": "TV", "padmm": "PADMM", "unrolled": "Unrolled network"}
 
 
 class Display:
@@ -80,6 +81,11 @@ class Display:
         self.layers = {name: mine for name, mine in self.layers.items() if mine is not layer}
 
     # -- when it ends ----------------------------------------------------------------------------------------------
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing yet that a failed job would leave."""
+        return not self.layers
 
     def end(self, message: Finished | Failed) -> None:
         """The job ended: show all of it, and let the layers tell how they were made."""
@@ -221,6 +227,9 @@ class ReconstructionDisplay(Display):
 def method_name(job: ReconstructionJob) -> str:
     """A job's method as a layer's name."""
     name = METHOD_NAMES.get(job.parameters.method, job.parameters.method.upper())
+    if isinstance(job.parameters, UnrolledParameters):  # results of several weights stand beside each other
+        weights = Path(job.parameters.weights).stem
+        return name if weights == job.parameters.method else f"{name} {weights}"
     return f"Partitioned {name}" if getattr(job.parameters, "patch", None) else name
 
 

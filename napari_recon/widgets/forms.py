@@ -5,12 +5,16 @@ Titles become labels, descriptions tooltips, bounds the bounds of the editors. `
 
 from __future__ import annotations
 
+import contextlib
+import tomllib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel
+import tomli_w
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from qtpy.QtCore import QEvent, QObject, Qt, Signal
 from qtpy.QtGui import QValidator
@@ -19,16 +23,21 @@ from qtpy.QtWidgets import (
     QCheckBox,
     QComboBox,
     QDoubleSpinBox,
+    QFileDialog,
     QFormLayout,
     QHBoxLayout,
     QLabel,
     QLineEdit,
     QSizePolicy,
     QSpinBox,
+    QToolButton,
     QWidget,
 )
 
 Model = TypeVar("Model", bound=BaseModel)
+
+BROWSE = "Browse…"
+"""The choice that asks for a file."""
 
 
 class NumberBox(QDoubleSpinBox):
@@ -77,17 +86,20 @@ class Editor:
         self.widget, self.get, self.put, self.changed = widget, get, put, list(changed)
 
 
-def make_editor(annotation: Any, field: FieldInfo, choices: Sequence[str] = ()) -> Editor:
+def make_editor(annotation: Any, field: FieldInfo, choices: Sequence[str] = (), files: str = "") -> Editor:
     """The editor of a field.
 
     Parameters
     ----------
     annotation
-        The field's type: int, float, bool, str, a Literal, a tuple of three ints, or one of these or None.
+        The field's type: int, float, bool, str, a Literal, a tuple of some ints or floats, or one of these or None; a
+        tuple of any length, a dict (as TOML's ``key = value, ...``), or the path of a folder or None.
     field
         Holds the default and the bounds.
     choices
         Suggestions for a text: it becomes an editable list.
+    files
+        For a text that may be a file: the dialog's filter, as Qt has it; the list then ends with "Browse…".
 
     Raises
     ------
@@ -100,6 +112,8 @@ def make_editor(annotation: Any, field: FieldInfo, choices: Sequence[str] = ()) 
         (inner,) = [a for a in arguments if a is not type(None)]
         if inner is bool:
             return _tristate()
+        if inner is Path:
+            return _folder()
         return _optional(make_editor(inner, field, choices))
     if origin is Literal:
         editor, meant = _choice([str(a) for a in arguments]), {str(a): a for a in arguments}
@@ -116,13 +130,19 @@ def make_editor(annotation: Any, field: FieldInfo, choices: Sequence[str] = ()) 
         number = NumberBox()
         number.setRange(low, high)
         return Editor(number, number.value, lambda v: number.setValue(float(v)), [number.valueChanged])
-    if annotation is str and choices:
-        return _choice(choices, editable=True)
+    if annotation is str and (choices or files):
+        return _choice(choices, editable=True, files=files)
     if annotation is str:
         line = QLineEdit()
         return Editor(line, line.text, lambda v: line.setText(str(v)), [line.editingFinished])
+    if origin is tuple and arguments[1:] == (Ellipsis,):
+        return _list()
     if origin is tuple and arguments and {_plain(a) for a in arguments} == {int}:
         return _whole_numbers(len(arguments))
+    if origin is tuple and arguments and {_plain(a) for a in arguments} == {float}:
+        return _numbers(len(arguments), _bounds(field, 0, 1e6))
+    if origin is dict:
+        return _table()
     raise TypeError(f"no editor for a field of type {annotation}")
 
 
@@ -169,24 +189,117 @@ def _whole_numbers(count: int) -> Editor:
     return Editor(widget, lambda: tuple(s.value() for s in spins), put, [s.valueChanged for s in spins])
 
 
-def _choice(values: Sequence[str], editable: bool = False) -> Editor:
+def _numbers(count: int, bounds: tuple[float, float]) -> Editor:
+    widget = QWidget()
+    row = QHBoxLayout(widget)
+    row.setContentsMargins(0, 0, 0, 0)
+    row.setSpacing(2)
+    boxes = [NumberBox() for _ in range(count)]
+    for box in boxes:
+        box.setRange(*bounds)
+        row.addWidget(box)
+
+    def put(values: Sequence[float]) -> None:
+        for box, value in zip(boxes, values, strict=True):
+            box.setValue(float(value))
+
+    return Editor(widget, lambda: tuple(b.value() for b in boxes), put, [b.valueChanged for b in boxes])
+
+
+def _list() -> Editor:
+    """Words or numbers between commas; the model says which of them will not do."""
+    line = QLineEdit()
+
+    def get() -> tuple[str, ...]:
+        return tuple(part.strip() for part in line.text().split(",") if part.strip())
+
+    def put(values: Sequence[Any]) -> None:
+        line.setText(", ".join(map(str, values)))
+        line.setCursorPosition(0)  # a long list begins with its first
+
+    return Editor(line, get, put, [line.textChanged])
+
+
+def _table() -> Editor:
+    """A TOML table in a line: ``width = 16, scales = 2``."""
+    line = QLineEdit()
+    line.setPlaceholderText("key = value, …")
+
+    def get() -> Any:
+        """The table, or the text where it is none yet, which the model will refuse."""
+        try:
+            return tomllib.loads(f"table = {{{line.text()}}}")["table"]
+        except tomllib.TOMLDecodeError:
+            return line.text()
+
+    def put(table: Mapping[str, Any]) -> None:
+        line.setText(tomli_w.dumps(dict(table)).strip().replace("\n", ", "))
+
+    return Editor(line, get, put, [line.textChanged])
+
+
+def _folder() -> Editor:
+    """The path of a folder; an empty line is none."""
+    widget, line, browse = QWidget(), QLineEdit(), QToolButton()
+    row = QHBoxLayout(widget)
+    row.setContentsMargins(0, 0, 0, 0)
+    row.setSpacing(2)
+    row.addWidget(line, 1)
+    row.addWidget(browse)
+    line.setPlaceholderText("none")
+    browse.setText("…")
+
+    def ask() -> None:
+        path = QFileDialog.getExistingDirectory(widget, "Choose a folder", line.text())
+        if path:
+            line.setText(path)
+
+    browse.clicked.connect(ask)
+
+    def get() -> Path | None:
+        return Path(line.text().strip()) if line.text().strip() else None
+
+    return Editor(widget, get, lambda path: line.setText("" if path is None else str(path)), [line.textChanged])
+
+
+def _choice(values: Sequence[str], editable: bool = False, files: str = "") -> Editor:
     combo = QComboBox()
-    combo.addItems(list(values))
+    combo.addItems([*values, BROWSE] if files else list(values))
     combo.setEditable(editable)
     combo.setSizeAdjustPolicy(QComboBox.SizeAdjustPolicy.AdjustToMinimumContentsLengthWithIcon)
+    chosen = combo.currentText()
 
     def get() -> str:
         """The text, or what a choice stands for that was added with data of its own."""
+        if files and combo.currentText() == BROWSE:  # asked about just now
+            return chosen
         stands_for = combo.currentData() if combo.currentText() == combo.itemText(combo.currentIndex()) else None
         return combo.currentText() if stands_for is None else str(stands_for)
 
     def put(value: object) -> None:
-        place = combo.findData(str(value))
+        text = str(value)
+        place = max(combo.findData(text), combo.findText(text))
+        if place < 0 and files and Path(text).suffix:  # a file, shown by its name
+            place = combo.findText(BROWSE)
+            combo.insertItem(place, Path(text).name, text)
+            combo.setItemData(place, text, Qt.ItemDataRole.ToolTipRole)
         if place >= 0:
             combo.setCurrentIndex(place)
         else:
-            combo.setCurrentText(str(value))
+            combo.setCurrentText(text)
 
+    def remember(_: str) -> None:
+        nonlocal chosen
+        chosen = get()
+
+    def ask(index: int) -> None:
+        if combo.itemText(index) == BROWSE:
+            path, _ = QFileDialog.getOpenFileName(combo, "Choose a file", "", files)
+            put(path or chosen)
+
+    if files:
+        combo.currentTextChanged.connect(remember)
+        combo.activated.connect(ask)
     return Editor(combo, get, put, [combo.currentTextChanged])
 
 
@@ -233,6 +346,8 @@ class ModelForm(QWidget, Generic[Model]):
         Fields that the form leaves at their defaults.
     choices
         Suggestions for text fields, by name.
+    files
+        Filters of the file dialog of text fields that may be files, by name.
     units
         Units shown behind numbers, by name.
     """
@@ -244,6 +359,7 @@ class ModelForm(QWidget, Generic[Model]):
         model: type[Model],
         skip: Sequence[str] = (),
         choices: Mapping[str, Sequence[str]] | None = None,
+        files: Mapping[str, str] | None = None,
         units: dict[str, str] | None = None,
         parent: QWidget | None = None,
     ) -> None:
@@ -259,7 +375,7 @@ class ModelForm(QWidget, Generic[Model]):
         for name, field in model.model_fields.items():
             if name in skip:
                 continue
-            editor = make_editor(field.annotation, field, (choices or {}).get(name, ()))
+            editor = make_editor(field.annotation, field, (choices or {}).get(name, ()), (files or {}).get(name, ""))
             label = QLabel(field.title or name.replace("_", " ").capitalize())
             for widget in (label, editor.widget):
                 widget.setToolTip(f"<qt>{field.description}</qt>" if field.description else "")
@@ -291,8 +407,9 @@ class ModelForm(QWidget, Generic[Model]):
 
     def set_value(self, value: Model) -> None:
         """Show a model's values; ``changed`` is emitted once, and only if something differs."""
-        if value == self.value():
-            return
+        with contextlib.suppress(ValidationError):  # what is shown may be none
+            if value == self.value():
+                return
         self.blockSignals(True)
         for name, editor in self.editors.items():
             editor.put(getattr(value, name))

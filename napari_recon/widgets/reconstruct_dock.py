@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import typing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,25 +14,31 @@ from qtpy.QtWidgets import (
     QFileDialog,
     QFormLayout,
     QHBoxLayout,
+    QLabel,
     QLineEdit,
     QSizePolicy,
     QStackedWidget,
     QToolButton,
 )
 
-from napari_recon.jobs.job import Parameters, ReconstructionJob, TVParameters
+from napari_recon.jobs.job import Parameters, ReconstructionJob, TVParameters, UnrolledParameters
 from napari_recon.jobs.messages import Finished
+from napari_recon.learning.weights import WeightsHeader, find_weights, outside_training, read_header, shipped_weights
+from napari_recon.scans.errors import ScanError
 from napari_recon.widgets.curve import Curve
 from napari_recon.widgets.displays import METHOD_NAMES
 from napari_recon.widgets.forms import ModelForm
 from napari_recon.widgets.job_dock import JobDock, button_row, make_button
-from napari_recon.widgets.style import section
+from napari_recon.widgets.style import colour, section
 
 if TYPE_CHECKING:
     import napari.viewer
 
 METHODS: tuple[type[BaseModel], ...] = typing.get_args(typing.get_args(Parameters)[0])
 OPERATORS = ("fit", "exact")
+DOCKS_OPERATOR = "the Normal operator dock's H"
+FILES = {"operator": "Normal operators (*.safetensors)", "weights": "Weights (*.safetensors)"}
+"""Filters of the file dialogs of fields that may be files."""
 VIEWS = {"cut": "3D, cut open", "whole": "3D", "slices": "slices"}
 """How volumes are shown: what a session calls it, and its name for a person."""
 FIGURES = {
@@ -53,12 +60,15 @@ class ReconstructDock(JobDock):
         self.method = QComboBox()
         self.forms: list[ModelForm] = []
         self.parameters = QStackedWidget()
+        default = str(UnrolledParameters.model_fields["weights"].default)
+        weights = [default, *(name for name in shipped_weights() if name != default)]
+        choices = {"operator": OPERATORS, "weights": weights}
         for model in METHODS:
             name = str(model.model_fields["method"].default)
             self.method.addItem(METHOD_NAMES.get(name, name.upper()), name)
             explanation = (model.__doc__ or "").strip().splitlines()[0]
             self.method.setItemData(self.method.count() - 1, explanation, Qt.ItemDataRole.ToolTipRole)
-            form: ModelForm = ModelForm(model, skip=("method",), choices={"operator": OPERATORS})
+            form: ModelForm = ModelForm(model, skip=("method",), choices=choices, files=FILES)
             form.changed.connect(self._edited)
             self.forms.append(form)
             self.parameters.addWidget(form)
@@ -67,6 +77,11 @@ class ReconstructDock(JobDock):
         row.addRow("Method", self.method)
         layout.addLayout(row)
         layout.addWidget(self.parameters)
+        self.warning = QLabel()
+        self.warning.setWordWrap(True)
+        self.warning.setVisible(False)
+        layout.addWidget(self.warning)
+        self._header: tuple[object, WeightsHeader] | None = None
         self.method.currentIndexChanged.connect(self._choose_method)
 
         self.view = QComboBox()
@@ -103,10 +118,12 @@ class ReconstructDock(JobDock):
         layout.addStretch(1)
 
         self.session.operator_file_changed.connect(self._use_operator)
+        self.session.weights_file_changed.connect(self._use_weights)
         self.method.setCurrentIndex(METHODS.index(TVParameters))
         self._choose_method()
         self._follow()
         self._use_operator()
+        self._use_weights()
 
     # -- the job ---------------------------------------------------------------------------------------------------
 
@@ -166,14 +183,80 @@ class ReconstructDock(JobDock):
         index, file = METHODS.index(TVParameters), self.session.operator_file
         combo = self.forms[index].editors["operator"].widget
         assert isinstance(combo, QComboBox)
-        if file is None and combo.currentText() == combo.itemText(len(OPERATORS)):
-            combo.setCurrentIndex(0)
-        while combo.count() > len(OPERATORS):
-            combo.removeItem(len(OPERATORS))
+        place = combo.findText(DOCKS_OPERATOR)
+        if place >= 0:
+            if file is None and combo.currentIndex() == place:
+                combo.setCurrentIndex(0)
+            combo.removeItem(place)
         if file is not None:
-            combo.addItem("the Normal operator dock's H", file)
-            combo.setCurrentIndex(combo.count() - 1)
+            combo.insertItem(len(OPERATORS), DOCKS_OPERATOR, file)
+            combo.setCurrentIndex(len(OPERATORS))
             self.method.setCurrentIndex(index)
+
+    def _use_weights(self) -> None:
+        """Take up the weights that the session was told to use."""
+        file = self.session.weights_file
+        if file is not None:
+            index = METHODS.index(UnrolledParameters)
+            self.forms[index].editors["weights"].put(file)
+            self.method.setCurrentIndex(index)
+            self._edited()  # the same file may hold other weights now
+
+    # -- the weights -----------------------------------------------------------------------------------------------
+
+    def header(self) -> WeightsHeader | None:
+        """What the chosen weights say of themselves; None where the method has none.
+
+        Raises
+        ------
+        ScanError
+            If they are not there, or no weights.
+        """
+        if METHODS[self.method.currentIndex()] is not UnrolledParameters:
+            return None
+        path = find_weights(self.forms[self.method.currentIndex()].values()["weights"])
+        state = path, path.stat().st_mtime_ns
+        if self._header is None or self._header[0] != state:
+            self._header = state, read_header(path)
+        return self._header[1]
+
+    def _show_weights(self) -> None:
+        """What the form can ask of the chosen weights, and in what they are unlike the scan."""
+        sentences: list[str] = []
+        try:
+            header = self.header()
+        except ScanError:  # the plan says so
+            header = None
+        if header is not None:
+            form = self.forms[self.method.currentIndex()]
+            unrolled = header.model["method"] == "unrolled"
+            values = form.values()
+            for name, means_something in (
+                ("iterations", unrolled),
+                ("passes", unrolled),
+                ("operator", unrolled and values["passes"] > 1),
+            ):
+                form.editors[name].widget.setEnabled(means_something)
+            if unrolled:
+                form.suggest("iterations", header.model["iterations"])
+            else:
+                form.editors["iterations"].put(None)
+            form.editors["weights"].widget.setToolTip(f"<qt>{html.escape(header.card)}</qt>")
+            scan = self.session.scan
+            if scan is not None:
+                grid = self.volume.values()
+                try:
+                    chosen = scan.default_grid(grid["shape"], grid["voxel_size"])
+                    sentences = outside_training(header.training, scan.geometry, chosen)
+                except ScanError:  # the line about the scan says so
+                    pass
+        text = "<br>".join(html.escape(sentence) for sentence in sentences)
+        self.warning.setText(f"<span style='color:{colour('warning')}'>{text}</span>")
+        self.warning.setVisible(bool(sentences))
+
+    def _ask_for_plan(self) -> None:
+        self._show_weights()
+        super()._ask_for_plan()
 
     # -- showing ---------------------------------------------------------------------------------------------------
 

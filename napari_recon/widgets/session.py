@@ -22,7 +22,7 @@ from napari.utils.notifications import show_error, show_info, show_warning
 from pydantic import ValidationError
 from qtpy.QtCore import QEvent, QObject, QTimer, Signal
 
-from napari_recon.jobs.job import Job, OperatorJob, PatchJob, ReconstructionJob
+from napari_recon.jobs.job import Job, OperatorJob, PatchJob, ReconstructionJob, TrainJob
 from napari_recon.jobs.messages import (
     Cancelled,
     Failed,
@@ -39,6 +39,7 @@ from napari_recon.scans.scan import Scan, ScanOptions, open_scan
 from napari_recon.widgets import layers as shown
 from napari_recon.widgets.displays import Display, ReconstructionDisplay, told_by
 from napari_recon.widgets.operator_displays import OperatorDisplay, PatchDisplay, write_layer
+from napari_recon.widgets.training_display import TrainingDisplay
 
 if TYPE_CHECKING:
     from napari.layers import Layer
@@ -57,6 +58,7 @@ DISPLAYS: dict[type[Job], type[Display]] = {
     ReconstructionJob: ReconstructionDisplay,
     OperatorJob: OperatorDisplay,
     PatchJob: PatchDisplay,
+    TrainJob: TrainingDisplay,
 }
 """What shows the volumes of which job."""
 
@@ -114,6 +116,10 @@ class Session(QObject):
         Whether the person chose another place since the last what-if.
     operator_file
         The operator that reconstructions are to use, or None: see :meth:`use_operator`.
+    training
+        The training that ran last, or runs now, with its curves.
+    weights_file
+        The weights that reconstructions are to use, or None: see :meth:`use_weights`.
     """
 
     scan_changed = Signal()
@@ -125,6 +131,7 @@ class Session(QObject):
     finished = Signal(object)
     operator_changed = Signal()
     operator_file_changed = Signal()
+    weights_file_changed = Signal()
     place_changed = Signal()
     step_shown = Signal(int)
 
@@ -155,6 +162,8 @@ class Session(QObject):
         self.operator: OperatorDisplay | None = None
         self.patch: PatchDisplay | None = None
         self.operator_file: str | None = None
+        self.training: TrainingDisplay | None = None
+        self.weights_file: str | None = None
         self._former: Display | None = None
         self._handed_over: Path | None = None
         self._place: tuple[float, float, float] | None = None
@@ -216,7 +225,7 @@ class Session(QObject):
         for watched in (self._window, self._canvas):
             with contextlib.suppress(RuntimeError):  # deleted
                 watched.removeEventFilter(self)
-        for display in (self.display, self.operator, self.patch):
+        for display in (self.display, self.operator, self.patch, self.training):
             if display is not None:
                 display.close()
         self.viewer.layers.events.inserted.disconnect(self._on_layer_inserted)
@@ -225,7 +234,7 @@ class Session(QObject):
         self.viewer.mouse_drag_callbacks.remove(self._on_press)
         self.worker.close()
         self._forget_handed_over()
-        self.display = self.operator = self.patch = self._former = None
+        self.display = self.operator = self.patch = self.training = self._former = None
         del self.viewer, self._window, self._canvas
 
     # -- work off the event loop -----------------------------------------------------------------------------------
@@ -404,7 +413,9 @@ class Session(QObject):
         """Plan a job's memory in a thread."""
         from napari_recon.jobs.memory import plan_memory
 
-        scan = self.scan if self.scan is not None and self.scan.options == job.options else None
+        scan = self.scan
+        if scan is not None and (isinstance(job, TrainJob) or scan.options != job.options):
+            scan = None
         self._in_thread("plan " + type(job).__name__, lambda: plan_memory(job, scan), done, failed)
 
     def run(self, job: Job, x: Image | None = None) -> None:
@@ -430,6 +441,8 @@ class Session(QObject):
         elif isinstance(self.display, PatchDisplay):
             self._former, self.patch = self.patch, self.display
             self.place_moved = False
+        elif isinstance(self.display, TrainingDisplay):
+            self._former, self.training = self.training, self.display
         self._set_state("running")
         self._set_stage("starting")
         if x is None or not isinstance(job, OperatorJob):
@@ -564,12 +577,14 @@ class Session(QObject):
         display, former = self.display, self._former
         assert display is not None
         self._former = None
-        if isinstance(message, Cancelled) or (isinstance(message, Failed) and not display.layers):
+        if isinstance(message, Cancelled) or (isinstance(message, Failed) and display.empty):
             display.undo()
             if display is self.operator:
                 self.operator = former if isinstance(former, OperatorDisplay) else None
             elif display is self.patch:
                 self.patch = former if isinstance(former, PatchDisplay) else None
+            elif display is self.training:
+                self.training = former if isinstance(former, TrainingDisplay) else None
         else:
             display.end(message)
             if former is not None:
@@ -580,6 +595,8 @@ class Session(QObject):
             self._set_stage("done" if message.complete else "finished early")
             if message.output and isinstance(self.job, ReconstructionJob):
                 show_info(f"The volume was written to {message.output}.")
+            elif message.output and isinstance(self.job, TrainJob):
+                show_info(f"The best weights were written to {message.output}.")
         else:
             self._set_stage("failed")
             show_error(message.text)
@@ -589,7 +606,7 @@ class Session(QObject):
 
     def _on_layer_removed(self, event: Any) -> None:
         """A layer that the person deletes is only no longer shown; the job goes on."""
-        for display in (self.display, self.operator, self.patch):
+        for display in (self.display, self.operator, self.patch, self.training):
             if display is not None:
                 display.forget(event.value)
 
@@ -606,6 +623,12 @@ class Session(QObject):
         if self.operator_file is not None:
             self.operator_file = None
             self.operator_file_changed.emit()
+
+    def use_weights(self) -> None:
+        """Let reconstructions use the weights that were trained last."""
+        if self.training is not None and self.training.output is not None:
+            self.weights_file = self.training.output
+            self.weights_file_changed.emit()
 
     def save_operator(self, path: Path) -> None:
         """Copy the operator's file, in a thread."""
