@@ -414,10 +414,11 @@ def _summary(config: TrainingConfig) -> str:
         source = f"{data.count} synthetic volumes of {data.size}³ voxels, {views}"
     where = f"unrolled {method.iterations} times" if method.name == "unrolled" else f"after {method.start}"
     whole = data.scans is not None and data.supervision == "splitting"
-    each = "whole volumes" if whole else f"patches, {optimisation.patch}³ voxels"
     count = optimisation.batch * optimisation.accumulation
+    one, many = ("whole volume", "whole volumes") if whole else ("patch", "patches")
+    each = f"{count} {many if count > 1 else one}" + ("" if whole else f" of {optimisation.patch}³ voxels")
     network = f"the {config.network.name} network, {where}"
-    return f"{source}; {network}; {optimisation.steps} steps (batches of {count} {each})."
+    return f"{source}; {network}; {optimisation.steps} steps of {each}."
 
 
 def _verdict(figures: dict[str, float], step: int, output: str | None) -> str:
