@@ -122,7 +122,7 @@ def learned(file: str | Path, **changes: Any) -> Method:
 
     def apply(y: Tensor, scanner: Scanner) -> Tensor:
         options = {"operator": scanner.operator} if use_operator else {}
-        return model(y, scanner.xray, **options)
+        return model(y, scanner.xray, ramp=scanner.ramp, **options)
 
     return apply
 
@@ -144,7 +144,8 @@ def no_network(y: Tensor, scanner: Scanner, start: str = "tv") -> Tensor:
     assert isinstance(shipped, UnrolledPGD)
     steps = UnrolledPGD(nn.Identity(), 1, step_size=1.0, data_steps=shipped.iterations * shipped.data_steps, init=start)
     steps.nonnegative = True
-    return steps(y, scanner.xray)
+    result: Tensor = steps.eval()(y, scanner.xray, ramp=scanner.ramp)
+    return result
 
 
 def methods(scanner: Scanner) -> dict[str, Method]:
