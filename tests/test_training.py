@@ -161,6 +161,19 @@ def test_training_may_compute_in_half_precision(tmp_path):
     assert np.isfinite(last.figures["loss"])
 
 
+def test_training_begins_with_other_weights(tmp_path):
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    train(config(), first)
+    trained = load_weights(first).model.state_dict()
+    file = tmp_path / "config.toml"
+    file.write_text(as_toml({**TABLES, "network": {**TABLES["network"], "weights": first.name}}))
+    begun = _Trainer(read_config(file), second).model.state_dict()
+    for name, values in trained.items():
+        assert torch.equal(begun[name], values)
+    with pytest.raises(ScanError, match=r"^[^\n]*another network[^\n]*$"):
+        _Trainer(config(network={"options": {"width": 6, "scales": 2}, "weights": str(first)}), second)
+
+
 def test_only_the_network_sees_mirrored_volumes(tmp_path):
     """Mirrored and turned back: the same training where the network does not know directions."""
     losses = []

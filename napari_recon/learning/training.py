@@ -55,6 +55,9 @@ SOURCE_OBJECT, SOURCE_DETECTOR, EXTENT = 66.0, 199.0, 34.0
 FINER = 2
 """Volumes are projected on voxels so many times finer than those that are reconstructed."""
 
+REFRESHED = 24
+"""How many scans' first passes are run anew at a time: they take longer than steps."""
+
 _HELD_OUT = 1_000_000  # seeds of validation objects begin here
 
 
@@ -153,6 +156,11 @@ class NetworkConfig(_Frozen):
 
     name: Literal["light", "drunet", "unet"] = Field(default="light", title="Network")
     options: dict[str, Any] = Field(default={}, title="Options", description="See make_network.")
+    weights: str = Field(
+        default="",
+        title="Begin with",
+        description="Weights of the same method and network to begin with, by name or as a file; empty: random ones.",
+    )
 
 
 class MethodConfig(_Frozen):
@@ -208,7 +216,10 @@ class OptimisationConfig(_Frozen):
         description="How often a patch's context has errors: most of the start's, or those of the first pass.",
     )
     refresh: int = Field(
-        default=0, ge=0, title="Refresh", description="Steps after which first passes are run anew; 0: never."
+        default=0,
+        ge=0,
+        title="Refresh",
+        description="Steps after which first passes are run anew, on two dozen of the scans; 0: never.",
     )
     mixed_precision: bool = Field(
         default=False,
@@ -302,10 +313,15 @@ def read_config(path: str | Path) -> TrainingConfig:
         raise ScanError(f"The configuration {path} cannot be read ({error.strerror}): check the path.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ScanError(f"The configuration {path} is not TOML ({error}): correct it.") from None
-    data = entries.get("data")
-    for name in ("folder", "scans"):
-        if isinstance(data, dict) and isinstance(data.get(name), str):
-            data[name] = path.absolute().parent / Path(data[name]).expanduser()
+    for table, names in (("data", ("folder", "scans")), ("network", ("weights",))):
+        section = entries.get(table)
+        for name in names:
+            if isinstance(section, dict) and isinstance(section.get(name), str):
+                beside = path.absolute().parent / Path(section[name]).expanduser()
+                if name != "weights":
+                    section[name] = beside
+                elif beside.is_file():  # else the name of weights that ship
+                    section[name] = str(beside)
     try:
         return TrainingConfig.model_validate(entries)
     except ValidationError as error:
@@ -572,6 +588,8 @@ class _Trainer:
             )
         else:
             self.model = PostProcessing(network, patch_size=self.patch, init=method.start)
+        if config.network.weights:
+            _begin_with(self.model, config.network.weights)
         self.model.to(self.device).train()
         self.model.mixed_precision = config.optimisation.mixed_precision
         self.mirror = _Mirror()
@@ -591,6 +609,7 @@ class _Trainer:
         self.held_out_splits: list[Split] = []
         self.step, self.best = 0, -math.inf
         self.refreshed: dict[str, Tensor] | None = None  # the weights that the first passes were run with
+        self.with_first: list[_Example] = []
         self.joined = False
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -876,15 +895,17 @@ class _Trainer:
 
     def _draw(self, rng: np.random.Generator) -> _Patch:
         """A random patch of a random scan, in one of the contexts."""
-        example = self.examples[int(rng.integers(len(self.examples)))]
+        mixed = rng.random() < self.config.optimisation.context_mix
+        of_first = mixed and bool(self.with_first) and rng.random() < 0.5
+        among = self.with_first if of_first else self.examples
+        example = among[int(rng.integers(len(among)))]
         edges = self._edges()
         corner = [int(rng.integers(n - p + 1)) for n, p in zip(example.truth.shape[2:], edges, strict=True)]
         box: Box = tuple(slice(a, a + p) for a, p in zip(corner, edges, strict=True))  # type: ignore[assignment]
         at = (..., *box)
         truth = example.truth[at]
-        part, of_first, second = 0.0, False, False
-        if rng.random() < self.config.optimisation.context_mix:
-            of_first = example.first is not None and rng.random() < 0.5
+        part, second = 0.0, False
+        if mixed:
             # The context of the first pass is the start itself; that of the second is better, and begun from.
             part, second = 1.0 if of_first else rng.uniform(0.5, 1.0), rng.random() < 0.5
         if example.noise_gradient is None or example.start_gradient is None:
@@ -931,11 +952,17 @@ class _Trainer:
         return x
 
     def _refresh(self) -> None:
-        """Run the first pass on all scans, for its errors as context."""
+        """Run the first pass on some of the scans, for its errors as context."""
         if self.config.method.name != "unrolled" or not self.config.optimisation.context_mix:
             return
         self.refreshed = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
-        for example in self.examples:
+        for example in self.with_first:
+            example.first = example.first_gradient = None
+        # Others every time, and the same ones where training goes on after a stop.
+        rng = np.random.default_rng([self.config.seed, self.step // self.config.optimisation.refresh, self.rank])
+        chosen = rng.permutation(len(self.examples))[:REFRESHED]
+        self.with_first = [self.examples[int(i)] for i in chosen]
+        for example in self.with_first:
             example.first = self._first_pass(example)
             example.first_gradient = self._normal(example, None)(example.first - example.truth)
 
@@ -1038,12 +1065,12 @@ class _Trainer:
                 f"The checkpoint {path} belongs to another configuration (its {what} differs): delete it, give another "
                 "output, or use the configuration that it was begun with."
             )
+        self.step, self.best = state["step"], state["best"]
         if state["refreshed"] is not None:
             self.model.load_state_dict(state["refreshed"])
             self._refresh()
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
-        self.step, self.best = state["step"], state["best"]
 
     def _seconds(self) -> float:
         return time.perf_counter() - self.started
@@ -1057,6 +1084,28 @@ class _Seen:
     start: NDArray[np.float32] | None = None
     truth: NDArray[np.float32] | None = None
     voxel_size: float = 1.0
+
+
+def _begin_with(model: Method, weights: str) -> None:
+    """Give a method the weights of a trained one.
+
+    Raises
+    ------
+    ScanError
+        If they are of another network or method.
+    """
+    from napari_recon.learning.networks import load_weights
+    from napari_recon.learning.weights import find_weights
+
+    file = find_weights(weights)
+    kept = load_weights(file).model
+    try:
+        model.load_state_dict(kept.state_dict())
+    except RuntimeError:
+        raise ScanError(
+            f"Training cannot begin with the weights {weights}, which are of another network or method: give [network] "
+            "and [method] as they were trained with, or leave network.weights out."
+        ) from None
 
 
 class _Mirror:
