@@ -37,7 +37,7 @@ def run(size: int = 96) -> list[dict[str, Any]]:
 
 def _compare(scanner: Scanner) -> list[dict[str, Any]]:
     rows = []
-    scans = [scanner.scan(*each) for each in (EVALUATION[0], EVALUATION[3])]
+    scans = [scanner.scan(*each) for each in (EVALUATION[0], EVALUATION[1])]
     for name, step in _steps(scanner).items():
         for accelerated in (False, True):
             tracks = [_track(step, accelerated, FDK()(y, scanner.xray), y, truth) for truth, y in scans]

@@ -28,7 +28,7 @@ from napari_recon.jobs.memory import peak_memory, release_memory, reset_peak
 from napari_recon.jobs.quality import compare_volumes, field_of_view
 from napari_recon.learning.networks import load_weights
 from napari_recon.learning.training import EXTENT, DataConfig, _circle, _inside, _simulate
-from napari_recon.learning.weights import find_weights
+from napari_recon.learning.weights import find_weights, read_header
 from napari_recon.physics.normal import NormalOperator, fit_normal_operator
 from napari_recon.physics.ramp_filtered import RampFiltered
 from napari_recon.physics.xray import XRayTransform
@@ -41,7 +41,7 @@ from napari_recon.reconstruction.unrolled import UnrolledPGD
 from napari_recon.scans import open_scan
 from napari_recon.scans.grid import Grid
 
-EVALUATION = [("textured-walnut", s) for s in (101, 102, 103)] + [("textured-ellipsoids", s) for s in (101, 102, 103)]
+EVALUATION = [(kind, seed) for seed in (101, 102, 103) for kind in ("textured-walnut", "textured-ellipsoids")]
 TUNING = [("textured-walnut", 201), ("textured-ellipsoids", 201)]
 VIEWS = (30, 50, 100)
 """Of a volume of 501 voxels, as in the paper."""
@@ -78,7 +78,7 @@ class Scanner:
 class WaveletPGD(StreamingReconstructor):
     """Plug-and-play: accelerated ramp-filtered steps with deepinv's wavelets for a proximal operator."""
 
-    def __init__(self, level: float, iterations: int = 20) -> None:
+    def __init__(self, level: float, iterations: int = 12) -> None:
         super().__init__()
         from deepinv.models import WaveletDenoiser
 
@@ -158,8 +158,8 @@ def methods(scanner: Scanner) -> dict[str, Method]:
         return method
 
     rows: dict[str, Method] = {"FDK": lambda y, s: FDK()(y, s.xray)}
-    rows["SIRT"] = keep("SIRT", lambda n: lambda y, s: SIRT(int(n))(y, s.xray), (25, 50, 100, 200, 400), " steps")
-    weights = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3)
+    rows["SIRT"] = keep("SIRT", lambda n: lambda y, s: SIRT(int(n))(y, s.xray), (25, 50, 100, 200), " steps")
+    weights = (2e-4, 5e-4, 1e-3, 2e-3, 4e-3)
     rows["TV, 200 steps"] = keep("TV, 200 steps", lambda w: lambda y, s: TV(200, w)(y, s.xray), weights)
     rows["TV, ramp-filtered, 40 steps, weight by rule"] = lambda y, s: PreconditionedTV()(y, s.xray, ramp=s.ramp)
     rows["no network: ramp-filtered steps, x ≥ 0"] = keep(
@@ -172,7 +172,7 @@ def methods(scanner: Scanner) -> dict[str, Method]:
     rows["plug-and-play, deepinv's 3D wavelets"] = keep(
         "plug-and-play, deepinv's 3D wavelets",
         lambda v: lambda y, s: WaveletPGD(v)(y, s.xray, ramp=s.ramp),
-        (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+        (1e-3, 3e-3, 1e-2, 3e-2),
     )
     folder = Path(__file__).parent / "weights"
     for start, name in (("fdk", "FDK"), ("least-squares", "the no-network steps"), ("tv", "ramp-filtered TV")):
@@ -186,6 +186,11 @@ def methods(scanner: Scanner) -> dict[str, Method]:
     rows["unrolled by patches, one pass"] = by_patches(passes=1)
     rows["unrolled by patches, two passes, exact"] = by_patches(passes=2)
     rows["unrolled by patches, two passes, H"] = by_patches(passes=2, operator=True)
+    equal = folder / "unrolled_2000.safetensors"
+    if read_header(equal).digest() != read_header(shipped).digest():
+        rows["the same, trained as long as post-processing"] = learned(
+            equal, patch_size=PATCH, stride=STRIDE, passes=2, operator=True
+        )
     scanner.operator  # noqa: B018  (fitted once for a geometry, not for every scan)
     for name, value in kept.items():
         print(f"  tuned: {name}: {value}", file=sys.stderr)
@@ -249,7 +254,7 @@ def helsinki(folder: Path = DATA, picture: str | Path | None = None) -> list[dic
             return compare_volumes(x[0, 0].clamp(min=0).numpy(), truth[0, 0].numpy(), inside)
 
         rows: dict[str, Tensor] = {"FDK": FDK()(y, xray), "SIRT, 200 steps": SIRT(200)(y, xray)}
-        weights = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3)
+        weights = (2e-4, 5e-4, 1e-3, 2e-3, 4e-3)
         found = {w: TV(200, w)(y, xray) for w in weights}
         best = max(weights, key=lambda w: psnr(found[w])["psnr"])
         rows["TV, 200 steps, default weight"] = TV(200)(y, xray)
