@@ -284,7 +284,8 @@ def test_the_manifest_names_what_is_there():
     for command in manifest.contributions.commands:
         module, name = command.python_name.split(":")
         assert callable(getattr(importlib.import_module(module), name)), command.id
-    assert {w.display_name for w in manifest.contributions.widgets} == {"Scan", "Reconstruct", "Normal operator", "Train"}
+    docks = {w.display_name for w in manifest.contributions.widgets}
+    assert docks == {"Scan", "Reconstruct", "Normal operator", "Train"}
     assert {s.key: s.display_name for s in manifest.contributions.sample_data} == SAMPLES
     assert set(SAMPLES) - set(SYNTHETIC) <= set(sample_data.names())
 
