@@ -321,8 +321,6 @@ def test_bad_weights_are_refused_before_anything_is_computed(scan, tmp_path):
 
 def test_the_shipped_weights_say_what_they_are():
     shipped = shipped_weights()
-    if not shipped:
-        pytest.skip("no weights ship yet")
     assert "unrolled" in shipped
     assert sum(file.stat().st_size for file in shipped.values()) < 10e6
     for file in shipped.values():
@@ -332,7 +330,6 @@ def test_the_shipped_weights_say_what_they_are():
         load_weights(file)
 
 
-@pytest.mark.skipif("unrolled" not in shipped_weights(), reason="no weights ship yet")
 def test_the_default_weights_beat_fdk(tmp_path):
     scan = simulate("ellipsoids", tmp_path / "scan", size=48, views=6, seed=5)
     job = ReconstructionJob(scan=scan, parameters=UnrolledParameters(passes=1), device="cpu")
