@@ -193,8 +193,8 @@ def test_every_volume_is_scanned_with_every_number_of_views(tmp_path):
     trainer = _Trainer(config(), tmp_path / "w.safetensors")
     list(trainer.prepare())
     assert [e.views for e in trainer.examples] == [6, 9] * 3
-    assert torch.allclose(trainer.examples[0].truth / trainer.examples[0].truth.max(),
-                          trainer.examples[1].truth / trainer.examples[1].truth.max())  # fmt: skip
+    few, many = (e.truth / e.truth.max() for e in trainer.examples[:2])
+    assert torch.allclose(few, many)
 
 
 def test_patches_can_be_trained_with_a_normal_operator(tmp_path, monkeypatch):
