@@ -238,23 +238,30 @@ def _table() -> Editor:
     return Editor(line, get, put, [line.textChanged])
 
 
-def _folder() -> Editor:
-    """The path of a folder; an empty line is none."""
-    widget, line, browse = QWidget(), QLineEdit(), QToolButton()
+def with_browse(line: QLineEdit, ask: Callable[[], None]) -> QWidget:
+    """A line for a path, with a button that asks for one."""
+    widget, browse = QWidget(), QToolButton()
     row = QHBoxLayout(widget)
     row.setContentsMargins(0, 0, 0, 0)
     row.setSpacing(2)
     row.addWidget(line, 1)
     row.addWidget(browse)
-    line.setPlaceholderText("none")
     browse.setText("…")
+    browse.clicked.connect(lambda: ask())
+    return widget
+
+
+def _folder() -> Editor:
+    """The path of a folder; an empty line is none."""
+    line = QLineEdit()
+    line.setPlaceholderText("none")
 
     def ask() -> None:
         path = QFileDialog.getExistingDirectory(widget, "Choose a folder", line.text())
         if path:
             line.setText(path)
 
-    browse.clicked.connect(ask)
+    widget = with_browse(line, ask)
 
     def get() -> Path | None:
         return Path(line.text().strip()) if line.text().strip() else None

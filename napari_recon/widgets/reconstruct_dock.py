@@ -13,12 +13,10 @@ from qtpy.QtWidgets import (
     QComboBox,
     QFileDialog,
     QFormLayout,
-    QHBoxLayout,
     QLabel,
     QLineEdit,
     QSizePolicy,
     QStackedWidget,
-    QToolButton,
 )
 
 from napari_recon.jobs.job import Parameters, ReconstructionJob, TVParameters, UnrolledParameters
@@ -27,7 +25,7 @@ from napari_recon.learning.weights import WeightsHeader, find_weights, outside_t
 from napari_recon.scans.errors import ScanError
 from napari_recon.widgets.curve import Curve
 from napari_recon.widgets.displays import METHOD_NAMES
-from napari_recon.widgets.forms import ModelForm
+from napari_recon.widgets.forms import ModelForm, with_browse
 from napari_recon.widgets.job_dock import JobDock, button_row, make_button
 from napari_recon.widgets.style import colour, section
 
@@ -93,16 +91,9 @@ class ReconstructDock(JobDock):
         self.output.setPlaceholderText("not saved (.tif or .ome.zarr)")
         self.output.setToolTip("Where the result is written when the run ends.")
         self.output.textChanged.connect(self._edited)
-        browse = QToolButton()
-        browse.setText("…")
-        browse.clicked.connect(self._ask_for_output)
-        save = QHBoxLayout()
-        save.setSpacing(2)
-        save.addWidget(self.output, 1)
-        save.addWidget(browse)
         rows = self.volume.layout()
         assert isinstance(rows, QFormLayout)
-        rows.addRow("Save to", save)
+        rows.addRow("Save to", with_browse(self.output, self._ask_for_output))
         rows.addRow("Show as", self.view)
         layout.addWidget(section("Volume, device and output", self.volume))
         layout.addWidget(self.memory)

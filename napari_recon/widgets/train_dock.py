@@ -19,7 +19,6 @@ from qtpy.QtWidgets import (
     QLineEdit,
     QSizePolicy,
     QSlider,
-    QToolButton,
     QVBoxLayout,
     QWidget,
 )
@@ -38,7 +37,7 @@ from napari_recon.learning.training import (
 )
 from napari_recon.scans.errors import ScanError
 from napari_recon.widgets.curve import Curve
-from napari_recon.widgets.forms import ModelForm
+from napari_recon.widgets.forms import ModelForm, with_browse
 from napari_recon.widgets.job_dock import DEVICES, JobDock, button_row, make_button
 from napari_recon.widgets.style import colour, note, section
 from napari_recon.widgets.training_display import NAMES
@@ -126,18 +125,11 @@ class TrainDock(JobDock):
         self.output.setPlaceholderText("asked for when training starts")
         self.output.setToolTip("The best weights so far are always in this file (.safetensors).")
         self.output.textChanged.connect(self._edited)
-        browse = QToolButton()
-        browse.setText("…")
-        browse.clicked.connect(self._ask_for_output)
-        row = QHBoxLayout()
-        row.setSpacing(2)
-        row.addWidget(self.output, 1)
-        row.addWidget(browse)
         self.anew = QCheckBox("Begin anew")
         self.anew.setToolTip("Forget the checkpoint of a training that was stopped, rather than go on from it.")
         rows = QFormLayout()
         rows.setContentsMargins(0, 0, 0, 0)
-        rows.addRow("Weights to", row)
+        rows.addRow("Weights to", with_browse(self.output, self._ask_for_output))
         rows.addRow("", self.anew)
         return rows
 
