@@ -63,7 +63,7 @@ def demo(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """The sample scan in napari: FDK at once, then the partitioned reconstruction live."""
+    """A scan with few views in napari: FDK at once, then the learned reconstruction live, patch by patch."""
     with _told(as_json) as say:
         start = time.perf_counter()
         from napari_recon.scans.errors import ScanError

@@ -256,6 +256,17 @@ def test_sample_anatomies_are_made_once(tmp_path, monkeypatch):
     assert (path / "truth.tif").stat().st_mtime_ns == made
 
 
+def test_the_sample_with_few_views_is_one_that_the_shipped_network_is_for(tmp_path, monkeypatch):
+    import platformdirs
+
+    from napari_recon.learning.weights import find_weights, outside_training, read_header
+    from napari_recon.widgets.contributions import sample_path
+
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path / name)
+    scan = open_scan(sample_path("few-view-walnut"))
+    assert not outside_training(read_header(find_weights("unrolled")).training, scan.geometry, scan.default_grid())
+
+
 def test_anatomies_are_scanned_without_torch():
     """The viewer makes its samples itself, and must never load torch."""
     code = "import sys, napari_recon.learning.simulate; sys.exit('torch' in sys.modules)"

@@ -10,10 +10,17 @@ from napari_recon.scans.errors import ScanError
 
 LayerData = tuple[Any, dict[str, Any], str]
 
-SYNTHETIC = {"synthetic-head": "Synthetic head", "synthetic-thorax": "Synthetic thorax"}
-"""The samples that are simulated when they are first opened: name -> title."""
+SYNTHETIC: dict[str, tuple[str, dict[str, Any]]] = {
+    "few-view-walnut": ("Textured walnut, 10 views", {"kind": "textured-walnut", "size": 96, "views": 10}),
+    "synthetic-head": ("Synthetic head", {"kind": "head", "size": 64, "views": 60}),
+    "synthetic-thorax": ("Synthetic thorax", {"kind": "thorax", "size": 64, "views": 60}),
+}
+"""The samples that are simulated when they are first opened: name -> title, and what is simulated.
 
-SAMPLES = {"walnut-like": "Walnut-like cone-beam scan (60 views)", **SYNTHETIC}
+The first is a scan as the shipped network was trained for, of an object that it was not trained on.
+"""
+
+SAMPLES = {"walnut-like": "Walnut-like cone-beam scan (60 views)", **{name: t for name, (t, _) in SYNTHETIC.items()}}
 """All sample scans: name -> title, as in the manifest."""
 
 
@@ -31,7 +38,7 @@ def sample_path(name: str) -> Path:
     folder = platformdirs.user_cache_path("napari-recon") / "samples" / __version__ / name
     if not folder.is_dir():
         try:
-            simulate(name.removeprefix("synthetic-"), folder, size=64, views=60)
+            simulate(folder=folder, **SYNTHETIC[name][1])
         except ScanError:
             if not folder.is_dir():  # or another viewer has just made it
                 raise
@@ -41,6 +48,11 @@ def sample_path(name: str) -> Path:
 def walnut_like() -> list[LayerData]:
     """Projections of the walnut-like sample, for File > Open Sample; the docks take the scan up from the layer."""
     return _projections(sample_path("walnut-like"))
+
+
+def few_view_walnut() -> list[LayerData]:
+    """Projections of a textured walnut from 10 sides, for File > Open Sample."""
+    return _projections(sample_path("few-view-walnut"))
 
 
 def synthetic_head() -> list[LayerData]:

@@ -1,4 +1,4 @@
-"""The demo: both docks, the sample scan, FDK at once, then the partitioned reconstruction live."""
+"""The demo: both docks, a scan with few views, FDK at once, then the learned reconstruction live, patch by patch."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 import napari
 from qtpy.QtCore import Qt, QTimer
 
+from napari_recon.jobs.job import UnrolledParameters
 from napari_recon.jobs.messages import Failed
 from napari_recon.widgets.contributions import sample_path
-from napari_recon.widgets.reconstruct_dock import ReconstructDock
+from napari_recon.widgets.reconstruct_dock import METHODS, ReconstructDock
 from napari_recon.widgets.scan_dock import ScanDock
 from napari_recon.widgets.session import Session
 
 SIZE = (1600, 1000)
-PATCH = 32
 PATIENCE = 600
 """Seconds after which a screenshot is taken of what there is."""
 
 
-def run_demo(screenshot: Path | None = None, sample: str = "walnut-like") -> int:
+def run_demo(screenshot: Path | None = None, sample: str = "few-view-walnut") -> int:
     """Open napari and reconstruct a sample scan before the person's eyes.
 
     Parameters
@@ -60,7 +60,9 @@ class Demo:
             QTimer.singleShot(0, self._press_run)
 
     def _press_run(self) -> None:
-        self.docks[1].run.click()
+        dock = self.docks[1]
+        dock.method.setCurrentIndex(METHODS.index(UnrolledParameters))
+        dock.run.click()
 
     def _ended(self, message: object) -> None:
         if isinstance(message, Failed):
@@ -76,11 +78,10 @@ class Demo:
 
 
 def arrange(viewer: napari.Viewer) -> tuple[ScanDock, ReconstructDock]:
-    """Both docks on the right of a window that shows volumes side by side, set to patches small enough to watch."""
+    """Both docks on the right of a window that shows volumes side by side."""
     viewer.window.resize(*SIZE)
     scan_frame, scan_dock = viewer.window.add_plugin_dock_widget("napari-recon", "Scan")
     frame, dock = viewer.window.add_plugin_dock_widget("napari-recon", "Reconstruct")
-    dock.forms[dock.method.currentIndex()].editors["patch"].put(PATCH)
 
     def share_the_column() -> None:
         wanted = scan_dock.sizeHint().height() + 46
