@@ -158,7 +158,7 @@ def methods(scanner: Scanner) -> dict[str, Method]:
         return method
 
     rows: dict[str, Method] = {"FDK": lambda y, s: FDK()(y, s.xray)}
-    rows["SIRT"] = keep("SIRT", lambda n: lambda y, s: SIRT(int(n))(y, s.xray), (25, 50, 100, 200), " steps")
+    rows["SIRT"] = keep("SIRT", lambda n: lambda y, s: SIRT(int(n))(y, s.xray), (50, 100, 200, 400), " steps")
     weights = (2e-4, 5e-4, 1e-3, 2e-3, 4e-3)
     rows["TV, 200 steps"] = keep("TV, 200 steps", lambda w: lambda y, s: TV(200, w)(y, s.xray), weights)
     rows["TV, ramp-filtered, 40 steps, weight by rule"] = lambda y, s: PreconditionedTV()(y, s.xray, ramp=s.ramp)
@@ -179,6 +179,11 @@ def methods(scanner: Scanner) -> dict[str, Method]:
         file = folder / f"post_{start}.safetensors"
         if file.exists():
             rows[f"post-processing of {name}"] = learned(file, patch_size=None)
+    equal = folder / "unrolled_2000.safetensors"
+    if equal.exists():
+        rows["unrolled, trained as long as the post-processing, whole, exact"] = learned(
+            equal, patch_size=None, passes=1
+        )
     shipped = find_weights("unrolled")
     rows["unrolled, whole volume, exact"] = learned(shipped, patch_size=None, passes=1)
     rows["unrolled, whole volume, H"] = with_h_alone
