@@ -48,6 +48,14 @@ def start_volume(start: Start | None, y: Tensor, physics: LinearPhysics) -> Tens
     return conjugate_gradient(physics.A_adjoint_A, physics.A_adjoint(y), max_iter=10, tol=1e-3)
 
 
+def data_volume(y: Tensor, physics: LinearPhysics, sqnorm: float) -> Tensor:
+    """What the data say at once: FDK for X-rays, Aᵀy / ‖A‖² (``sqnorm``) for any other physics.
+
+    Its brightness gives relative weights their unit, which must not depend on where an iteration starts.
+    """
+    return start_volume("fdk", y, physics) if is_xray(physics) else physics.A_adjoint(y) / sqnorm
+
+
 def is_xray(physics: Physics) -> bool:
     """Whether FDK applies: our X-ray transform or deepinv's TomographyWithAstra."""
     from napari_recon.physics.xray import XRayTransform

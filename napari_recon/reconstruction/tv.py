@@ -15,7 +15,14 @@ from torch import Tensor
 
 from napari_recon.physics.projectors import kernel_lock
 from napari_recon.physics.ramp_filtered import RampFiltered
-from napari_recon.reconstruction.start import Start, brightness, is_xray, operator_sqnorm, start_volume
+from napari_recon.reconstruction.start import (
+    Start,
+    brightness,
+    data_volume,
+    is_xray,
+    operator_sqnorm,
+    start_volume,
+)
 from napari_recon.reconstruction.streaming import StreamingReconstructor, Update, whole
 from napari_recon.scans.errors import ScanError
 
@@ -66,13 +73,19 @@ class TVPrior(dinv.optim.Prior):
 
     def fn(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The total variation of each volume of the batch, (B,)."""
-        return _differences(x).square().sum(0).sqrt().flatten(1).sum(1)
+        if x.device.type == "cpu" and x.dtype == torch.float32 and not (x.requires_grad and torch.is_grad_enabled()):
+            volumes = x.detach().contiguous().flatten(0, 1).numpy()
+            volumes = volumes.reshape(len(volumes), *[1] * (5 - x.ndim), *x.shape[2:])
+            with kernel_lock:
+                found = [float(_total_variation(volume)) for volume in volumes]
+            return torch.tensor(found, dtype=x.dtype).reshape(x.shape[:2]).sum(1)
+        return differences(x).square().sum(0).sqrt().flatten(1).sum(1)
 
     def grad(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """A subgradient: zero is chosen where the differences vanish."""
-        differences = _differences(x)
-        length = differences.square().sum(0).sqrt()
-        return _divergence_adjoint(differences / torch.where(length > 0, length, 1.0))
+        difference = differences(x)
+        length = difference.square().sum(0).sqrt()
+        return divergence_adjoint(difference / torch.where(length > 0, length, 1.0))
 
     def prox(self, x: Tensor, *args: Any, gamma: float | Tensor = 1.0, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """argmin_u ½‖u − x‖² + gamma g(u), of x's shape; gamma a number, or one for each volume of the batch (B,)."""
@@ -151,13 +164,13 @@ class TVPrior(dinv.optim.Prior):
         going, all_going = torch.ones_like(t, dtype=torch.bool), True
 
         def primal(d: Tensor) -> Tensor:
-            u = x - _divergence_adjoint(d)
+            u = x - divergence_adjoint(d)
             return u.clamp(min=0) if self.nonnegative else u
 
         u = x
         for iteration in range(self.iterations):
             before, u = u, primal(q)
-            step = q + _differences(u) / lipschitz
+            step = q + differences(u) / lipschitz
             length = step.square().sum(0)
             # max(|p|, gamma) without the infinite slope of the root at 0, for autograd
             scale = weights / torch.where(length > weights**2, length, weights**2 + 1e-37).sqrt()
@@ -178,21 +191,38 @@ class TVPrior(dinv.optim.Prior):
         return primal(p), p
 
 
-def _differences(x: Tensor) -> Tensor:
+def differences(x: Tensor) -> Tensor:
     """Forward differences along the spatial axes, 0 at the far border: (axes, *x.shape)."""
     return torch.stack(
         [torch.nn.functional.pad(x.diff(dim=axis), [0, 0] * (x.ndim - 1 - axis) + [0, 1]) for axis in range(2, x.ndim)]
     )
 
 
-def _divergence_adjoint(p: Tensor) -> Tensor:
-    """The transpose of :func:`_differences`."""
+def divergence_adjoint(p: Tensor) -> Tensor:
+    """The transpose of :func:`differences`."""
     out = torch.zeros_like(p[0])
     for axis, part in enumerate(p, 2):
         inner = part.narrow(axis, 0, part.shape[axis] - 1)
         pad = [0, 0] * (part.ndim - 1 - axis)
         out = out - torch.nn.functional.pad(inner, [*pad, 0, 1]) + torch.nn.functional.pad(inner, [*pad, 1, 0])
     return out
+
+
+@njit(**_FAST)
+def _total_variation(x: Any) -> Any:
+    depth, height, width = x.shape
+    total: Any = 0.0
+    for task in prange(depth * height):
+        k, j = task // height, task % height
+        here, above, beyond = x[k, j], x[min(k + 1, depth - 1), j], x[k, min(j + 1, height - 1)]
+        row = np.float32(0)
+        for i in range(width):
+            value = here[i]
+            right = here[i + 1] if i < width - 1 else value
+            dz, dy, dx = above[i] - value, beyond[i] - value, right - value
+            row += np.sqrt(dz * dz + dy * dy + dx * dx)
+        total += row
+    return total
 
 
 @njit(**_FAST)
@@ -344,16 +374,35 @@ class TV(StreamingReconstructor):
         self.nonnegative, self.init, self.inner = bool(nonnegative), init, int(inner)
 
     @torch.no_grad()
-    def stream(self, y: Tensor, physics: LinearPhysics, init: Start | None = None, **options: Any) -> Iterator[Update]:
-        """Yield the start, then the volume after each iteration."""
+    def stream(
+        self,
+        y: Tensor,
+        physics: LinearPhysics,
+        init: Start | None = None,
+        reference: Tensor | None = None,
+        **options: Any,
+    ) -> Iterator[Update]:
+        """Yield the start, then the volume after each iteration.
+
+        Parameters
+        ----------
+        y, physics, init
+            Measurements, their physics, and a start that overrides the constructor's.
+        reference
+            The volume whose brightness gives ``regularization`` its unit; None takes FDK, whatever the start, since the
+            start must not change the answer (for other physics Aᵀy / ‖A‖²).
+        """
         start = self.init if init is None else init
         x = start_volume(start, y, physics)
-        reference = start_volume("fdk", y, physics) if start == "zeros" else x
+        sqnorm = operator_sqnorm(physics, tuple(x.shape[1:]), x.device)
+        if reference is None:
+            same = isinstance(start, str) and start == "fdk" and is_xray(physics)
+            reference = x if same else data_volume(y, physics, sqnorm)
         threshold = tv_threshold(self.regularization, reference)
         del reference
         if self.nonnegative:
             x = x.clamp(min=0)
-        step = 1 / operator_sqnorm(physics, tuple(x.shape[1:]), x.device)
+        step = 1 / sqnorm
         weight = threshold / step
         prior = TVPrior(self.inner, nonnegative=self.nonnegative)
         box = whole(x)
@@ -433,4 +482,4 @@ class PreconditionedTV(StreamingReconstructor):
             if isinstance(physics, RampFiltered):
                 across = max(physics.grid.shape)
                 weight = min(WEIGHT_PER_VIEW * physics.geometry.views / across, LARGEST_WEIGHT)
-        yield from TV(self.iterations, weight).stream(y, physics, init=start)
+        yield from TV(self.iterations, weight).stream(y, physics, init=start, reference=start)
