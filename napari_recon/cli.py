@@ -121,8 +121,10 @@ def reconstruct(
     scan: ScanPath,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="VOLUME", help="A .tif or .ome.zarr to write.")],
     method: Annotated[
-        Literal["fdk", "sirt", "tv", "unrolled"],
-        typer.Option(help="tv and unrolled (a trained network) work patch by patch, see --patch."),
+        Literal["fdk", "sirt", "tv", "padmm", "unrolled"],
+        typer.Option(
+            help="tv and unrolled (a trained network) work patch by patch, see --patch; padmm is TV from any --start."
+        ),
     ] = "tv",
     views: Views = None,
     binning: Binning = 1,
@@ -131,12 +133,27 @@ def reconstruct(
     shape: Shape = None,
     voxel_size: VoxelSize = None,
     iterations: Annotated[
-        int | None, typer.Option(metavar="N", help="Iterations, of sirt, tv or unrolled (by default as trained).")
+        int | None,
+        typer.Option(metavar="N", help="Iterations, of sirt, tv, padmm or unrolled (by default as trained)."),
     ] = None,
     regularization: Annotated[
         float | None,
         typer.Option(metavar="R", help="Weight of the TV: 0.0003 keeps detail, 0.003 is smooth."),
     ] = None,
+    rho: Annotated[float | None, typer.Option(metavar="R", help="Penalty of padmm: a matter of speed only.")] = None,
+    preconditioner: Annotated[
+        Literal["scalar", "diagonal", "circulant", "operator"] | None,
+        typer.Option(help="What stands for AtA in padmm's steps; operator fits H first."),
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            metavar="network|fdk|tv|zeros|FILE", help="Where padmm begins; a file is a volume, or weights of a network."
+        ),
+    ] = None,
+    weighted: Annotated[
+        bool, typer.Option("--weighted", help="padmm weighs pixels by the photons that reached them, exp(-y).")
+    ] = False,
     patch: Annotated[
         int | None, typer.Option(metavar="P", help="Edge of a patch in voxels; 0: the whole volume at once.")
     ] = None,
@@ -164,7 +181,7 @@ def reconstruct(
 ) -> None:
     """Reconstruct a scan into a volume."""
     with _told(as_json) as say:
-        from napari_recon.jobs.job import ReconstructionJob
+        from napari_recon.jobs.job import STARTS, ReconstructionJob
         from napari_recon.jobs.volumes import check_output
         from napari_recon.scans.errors import ScanError
 
@@ -175,9 +192,15 @@ def reconstruct(
 
             found = find_weights(weights)  # a file is found again from anywhere
             weights = weights if weights in shipped_weights() else str(found.absolute())
+        if start is not None and start not in STARTS and Path(start).expanduser().exists():
+            start = str(Path(start).expanduser().absolute())  # a file is found again from anywhere
         given = {
             "iterations": iterations,
             "regularization": regularization,
+            "rho": rho,
+            "preconditioner": preconditioner,
+            "start": start,
+            "weighted": weighted or None,
             "weights": weights,
             "patch": patch,
             "operator": "exact" if exact else operator,
@@ -455,6 +478,7 @@ def bench(
         import napari_recon
         from napari_recon.scans.errors import ScanError
 
+        name = name.replace("-", "_")
         folder = Path(napari_recon.__file__).parent.parent / "benchmarks"
         names = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
         if not names:
@@ -468,7 +492,9 @@ def bench(
             with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
                 results[chosen] = importlib.import_module(f"benchmarks.{chosen}").run()
         if as_json:
-            say(results if name == "all" else {"benchmark": name, "rows": results[name]})
+            found = results.get(name)
+            found = found if isinstance(found, dict) else {"rows": found}  # some have more to tell than rows
+            say(results if name == "all" else {"benchmark": name, **found})
 
 
 # -- what the commands share ---------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ class PretendWorker:
         self.patch, self.size = patch, size
         self.volumes = {}
         self.focused = []
+        self.changes = []
         self.jobs = []
         self.state = "idle"
         self.closed = False
@@ -87,6 +88,9 @@ class PretendWorker:
 
     def focus(self, point):
         self.focused.append(point)
+
+    def change(self, settings):
+        self.changes.append(settings)
 
     def poll(self):
         if self.state == "paused":

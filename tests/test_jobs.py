@@ -11,7 +11,7 @@ import tifffile
 from pydantic import ValidationError
 
 from napari_recon.jobs import Control, ReconstructionJob, run_job
-from napari_recon.jobs.job import FDKParameters, SIRTParameters, TVParameters
+from napari_recon.jobs.job import FDKParameters, PADMMParameters, SIRTParameters, TVParameters
 from napari_recon.jobs.memory import plan_memory, readable
 from napari_recon.jobs.messages import Cancelled, Failed, Finished, Notice, Progress, Stage, VolumeReady
 from napari_recon.jobs.quality import compare_volumes, field_of_view, on_grid
@@ -48,6 +48,7 @@ ALL = [
     TVParameters(iterations=3, patch=None),
     TV,
     TVParameters(iterations=2, patch=16, operator="exact"),
+    PADMMParameters(iterations=3, start="fdk"),
 ]
 
 

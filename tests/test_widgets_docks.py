@@ -277,7 +277,7 @@ def test_every_method_makes_a_job(opened, qtbot):
     for index in range(dock.method.count()):
         dock.method.setCurrentIndex(index)
         methods.append(dock.job().parameters.method)
-    assert methods == ["fdk", "sirt", "tv", "unrolled"]
+    assert methods == ["fdk", "sirt", "tv", "padmm", "unrolled"]
 
 
 def test_a_closed_dock_leaves_the_run_alone(opened, qtbot):

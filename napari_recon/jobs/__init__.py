@@ -1,7 +1,23 @@
 """Work as a value (the job), the process that runs it, and the messages that come back."""
 
-from napari_recon.jobs.job import Job, OperatorJob, PatchJob, ReconstructionJob
+from napari_recon.jobs.job import (
+    DataConsistencyJob,
+    Job,
+    OperatorJob,
+    PatchJob,
+    ReconstructionJob,
+    RegularizationJob,
+)
 from napari_recon.jobs.run import run_job
 from napari_recon.jobs.stages import Control
 
-__all__ = ["Control", "Job", "OperatorJob", "PatchJob", "ReconstructionJob", "run_job"]
+__all__ = [
+    "Control",
+    "DataConsistencyJob",
+    "Job",
+    "OperatorJob",
+    "PatchJob",
+    "ReconstructionJob",
+    "RegularizationJob",
+    "run_job",
+]

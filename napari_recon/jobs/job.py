@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt
 
 from napari_recon.learning.training import TrainingConfig
+from napari_recon.learning.weights import shipped_weights
 from napari_recon.scans.scan import ScanOptions
 
 
@@ -125,8 +126,99 @@ class UnrolledParameters(_Frozen):
     )
 
 
+class PADMMParameters(_Frozen):
+    """Least squares with total variation by preconditioned ADMM, from any start; tunable while it runs."""
+
+    method: Literal["padmm"] = "padmm"
+    start: str = Field(
+        default="network",
+        title="Start",
+        description="Where it begins, which decides how soon it is done but not where it ends: 'network' (what the "
+        "shipped weights make of the scan), 'fdk', 'tv' (forty quick steps), 'zeros', 'last' (the last result on this "
+        "grid), a volume's file, or weights.",
+    )
+    preconditioner: Literal["scalar", "diagonal", "circulant", "operator"] = Field(
+        default="circulant",
+        title="Preconditioner",
+        description="What stands for AᵀA in a step: a number, a number for each voxel (as in SIRT), a filter, or the "
+        "normal operator H, which is fitted first.",
+    )
+    iterations: int = Field(
+        default=30,
+        ge=1,
+        le=10_000,
+        title="Iterations",
+        description="About one A and one Aᵀ each.",
+    )
+    regularization: float = Field(
+        default=1e-3,
+        ge=0,
+        allow_inf_nan=False,
+        title="Regularisation τ",
+        description="Weight of the total variation, relative to the data term and to the brightest part of FDK: "
+        "0.0003 keeps detail, 0.003 is smooth.",
+    )
+    rho: float = Field(
+        default=0.1,
+        gt=0,
+        le=1e6,
+        allow_inf_nan=False,
+        title="Penalty ρ",
+        description="How firmly the gradient and its copy, which total variation acts on, are tied, relative to ‖A‖²: "
+        "a matter of speed only.",
+    )
+    adaptive: bool = Field(
+        default=False,
+        title="Adapt ρ",
+        description="ρ is doubled or halved where one of the primal and dual residuals is ten times the other.",
+    )
+    tolerance: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        title="Tolerance",
+        description="It ends sooner where both residuals of ADMM, relative, are below this; 0 never does.",
+    )
+    weighted: bool = Field(
+        default=False,
+        title="Photon statistics",
+        description="Weigh each pixel by the photons that reached it, exp(-y): dark rays are the noisy ones. For scans "
+        "with few photons behind dense parts.",
+    )
+
+    keep_iterates: bool = Field(
+        default=False,
+        title="Keep iterates",
+        description="Keep the volumes of all iterations in a layer to scrub through, or of every 2nd, 4th, ... where "
+        "all would take more than 1 GiB.",
+    )
+
+    TUNABLE: ClassVar[tuple[str, ...]] = ("start", "preconditioner", "iterations", "regularization", "rho")
+    """What may be changed while it runs."""
+
+    @property
+    def start_weights(self) -> str | None:
+        """The weights that the start stands for, by name or path; None where it is no network's."""
+        if self.start == "network":
+            return START_WEIGHTS
+        return self.start if self.start.endswith(".safetensors") or self.start in shipped_weights() else None
+
+    @property
+    def start_is_computed(self) -> bool:
+        """Whether the start is a volume that the job makes, beside FDK: a network's, or quick TV."""
+        return self.start == "tv" or self.start_weights is not None
+
+
+STARTS = ("network", "fdk", "tv", "zeros", "last")
+"""The starts of PADMM that have names."""
+
+START_WEIGHTS = "unrolled"
+"""The shipped weights that the start "network" stands for."""
+
 Parameters = Annotated[
-    FDKParameters | SIRTParameters | TVParameters | UnrolledParameters, Field(discriminator="method")
+    FDKParameters | SIRTParameters | TVParameters | PADMMParameters | UnrolledParameters,
+    Field(discriminator="method"),
 ]
 
 
@@ -277,6 +369,43 @@ class PatchJob(_ScanJob):
     seed: int = 0
 
 
+class DataConsistencyJob(_ScanJob):
+    """Project a volume and see it beside what was measured: what the volume claims and the data do not show.
+
+    Attributes
+    ----------
+    scan, options, shape, voxel_size
+        As for a reconstruction.
+    volume
+        A .tif, .ome.zarr or .npy, brought onto the job's grid; None takes the last result on this grid.
+    device
+        "auto", "cpu" or "cuda".
+    seed
+        As in the other jobs; nothing is drawn.
+    """
+
+    volume: Path | None = None
+    device: str = "auto"
+    seed: int = 0
+
+
+class RegularizationJob(_ScanJob):
+    """Suggest how much to regularise, from a sweep over τ on a binned copy of the scan.
+
+    Attributes
+    ----------
+    scan, options, shape, voxel_size
+        As for the reconstruction that is to be regularised.
+    device
+        "auto", "cpu" or "cuda".
+    seed
+        As in the other jobs; nothing is drawn.
+    """
+
+    device: str = "auto"
+    seed: int = 0
+
+
 class TrainJob(_Frozen):
     """Train a learned method; of all jobs the one that needs no scan.
 
@@ -300,7 +429,7 @@ class TrainJob(_Frozen):
         return self.training.device
 
 
-ScanJob = ReconstructionJob | OperatorJob | PatchJob
+ScanJob = ReconstructionJob | OperatorJob | PatchJob | DataConsistencyJob | RegularizationJob
 """The jobs of a scan."""
 
 Job = ScanJob | TrainJob

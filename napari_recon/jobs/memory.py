@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from napari_recon.jobs.job import (
+    DataConsistencyJob,
     Job,
     OperatorJob,
+    PADMMParameters,
     PatchJob,
     ReconstructionJob,
+    RegularizationJob,
     ScanJob,
     TrainJob,
     TVParameters,
@@ -35,6 +38,8 @@ _BATCH = 64 * 2**20
 _CUDA_LIBRARIES = 2 * 2**30
 _CONVOLUTIONS = 96 * 2**20
 """Compiled convolutions and their scratch, whatever the patch."""
+_ITERATES = 2**30
+"""What the kept iterates of a run may take."""
 _FEWER = "train on fewer or smaller volumes, or with a smaller patch, batch or network"
 _FULL = 0.9
 """How much of the free memory a job may plan to take."""
@@ -127,6 +132,10 @@ def _items(job: ScanJob, geometry: Geometry, grid: Grid, on_gpu: bool) -> dict[s
     volume = grid.voxels * _FLOAT
     if isinstance(job, ReconstructionJob):
         shown, kept, steps = _reconstruction_needs(job, grid, volume, projections)
+    elif isinstance(job, RegularizationJob):
+        shown, kept, steps = 0, {}, {"iteration": _padmm_bytes(grid, projections)}
+    elif isinstance(job, DataConsistencyJob):
+        shown, kept, steps = 3 * projections, {}, {"projecting": volume + projections // 4}
     else:
         shown, kept, steps = _operator_needs(job, grid, volume, projections)
     stay = {"projections": projections, "start": volume, **kept}
@@ -188,6 +197,17 @@ def _reconstruction_needs(job: ReconstructionJob, grid: Grid, volume: int, proje
             steps["patches"] += 8 * 8 * patch  # spectra of twice the patch
             if parameters.operator == "fit":
                 steps[_FITTING] = _fit_bytes(grid, terms=1, probes=4) + 2 * projections
+    elif isinstance(parameters, PADMMParameters):
+        spectra = parameters.preconditioner in ("circulant", "operator")
+        steps["iteration"] = _padmm_bytes(grid, projections, spectra) + (projections if parameters.weighted else 0)
+        if parameters.preconditioner == "operator":
+            stay["normal operator"] = _padded(grid) // 2 + volume
+            steps[_FITTING] = _fit_bytes(grid, terms=1, probes=4) + 2 * projections
+        if parameters.start not in ("fdk", "zeros"):
+            stay["another start"] = volume
+        if (weights := parameters.start_weights) is not None:
+            header = read_header(find_weights(weights))
+            steps["start"] = 10 * volume + 12 * projections + network_bytes(header.model) * min(64**3, grid.voxels)
     elif isinstance(parameters, UnrolledParameters):
         header = read_header(find_weights(parameters.weights))
         edge = parameters.patch or max(grid.shape)
@@ -201,7 +221,17 @@ def _reconstruction_needs(job: ReconstructionJob, grid: Grid, volume: int, proje
                 steps["patches"] += 8 * 8 * patch * _FLOAT
                 if parameters.operator == "fit":
                     steps[_FITTING] = _fit_bytes(grid, terms=1, probes=4) + 12 * projections
-    return volume * (1 if parameters.method == "fdk" else 2), stay, steps
+    shown = 1 if parameters.method == "fdk" else 2
+    if isinstance(parameters, PADMMParameters):
+        shown += parameters.start_is_computed
+        if parameters.keep_iterates:
+            shown += kept_iterates(parameters.iterations, grid.voxels)
+    return volume * shown, stay, steps
+
+
+def kept_iterates(iterations: int, voxels: int) -> int:
+    """How many volumes of ``voxels`` are kept of a run of PADMM and its start: two at least, all at most."""
+    return max(2, min(iterations + 1, _ITERATES // (voxels * _FLOAT)))
 
 
 def network_bytes(model: dict[str, Any]) -> int:
@@ -245,6 +275,11 @@ _FITTING = "fitting the normal operator"
 
 def _padded(grid: Grid) -> int:
     return math.prod(2 * n for n in grid.shape) * _FLOAT
+
+
+def _padmm_bytes(grid: Grid, projections: int, spectra: bool = True) -> int:
+    """What an iteration of PADMM takes: volumes, split variables and spectra; projections of both iterates."""
+    return (66 if spectra else 48) * grid.voxels * _FLOAT + 4 * projections
 
 
 def _fit_bytes(grid: Grid, terms: int, probes: int) -> int:

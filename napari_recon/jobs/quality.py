@@ -13,6 +13,9 @@ from napari_recon.scans.errors import ScanError
 if TYPE_CHECKING:
     from napari_recon.scans.grid import Grid
 
+_NORMAL_MAD = 0.6745
+"""Median absolute deviation of a normal distribution of standard deviation 1."""
+
 
 def compare_volumes(
     volume: NDArray[np.float32],
@@ -66,6 +69,48 @@ def compare_volumes(
         "nrmse": float(np.sqrt(error / power)) if power > 0 else np.inf,
         "data_range": reach,
     }
+
+
+def noise_level(projections: NDArray[np.float32]) -> float:
+    """The noise of projections: its standard deviation, the root mean square over pixels, told from them alone.
+
+    High differences along rows and columns leave next to nothing of what is smooth, and edges are few: their median
+    absolute deviation is that of the noise (Donoho 1995; Immerkær 1996). That is told for sixteen ranges of values.
+    The lowest four, air where there is some, give the noise where no structure is; from there it grows as the others
+    say (a line through the logarithms that minds no outliers, Theil 1950), but by no more than that of photons does,
+    whose variance is proportional to exp(y): more than that is structure as fine as a pixel. Noise that neighbouring
+    pixels share (a scintillator's blur) is underestimated.
+
+    Parameters
+    ----------
+    projections
+        (views, rows, columns), line integrals; 32 views at most are looked at.
+
+    Returns
+    -------
+    In the projections' unit; NaN where a view has fewer than five columns.
+    """
+    from scipy.stats import theilslopes
+
+    views, rows, columns = projections.shape
+    if columns < 5:
+        return np.nan
+    few = projections[np.unique(np.linspace(0, views - 1, min(views, 32)).round().astype(int))].astype(np.float32)
+    if rows >= 3:
+        rough, value, gain = np.diff(np.diff(few, 2, axis=2), 2, axis=1), few[:, 1:-1, 1:-1], 36.0
+    else:
+        rough, value, gain = np.diff(few, 4, axis=2), few[:, :, 2:-2], 70.0
+    order = np.argsort(value, axis=None, kind="stable")
+    groups = [group for group in np.array_split(order, 16) if len(group)]
+    variances = [(np.median(np.abs(rough.flat[group])) / _NORMAL_MAD) ** 2 / gain for group in groups]
+    values = [float(np.median(value.flat[group])) for group in groups]
+    known = np.array(variances) > 0
+    if not known.any():
+        return 0.0
+    logarithms, centres = np.log(np.array(variances)[known]), np.array(values)[known]
+    slope = float(np.clip(theilslopes(logarithms, centres)[0], 0, 1)) if np.ptp(centres) > 0 else 0.0
+    level = np.median((logarithms - slope * centres)[:4])
+    return float(np.sqrt(np.exp(level) * np.mean(np.exp(slope * few, dtype=np.float64))))
 
 
 def field_of_view(grid: Grid, radius: float | None = None) -> NDArray[np.bool_]:

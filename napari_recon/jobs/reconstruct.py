@@ -62,6 +62,7 @@ class ReconstructionRun(Run[ReconstructionJob]):
         else:
             yield from self._reconstruct()
         yield from self._measure()
+        self.prepared.things["last"] = control.volumes["result"]  # a start for the next job
         made_by, seconds = self.made_by()
         output = None
         if job.output is not None:
@@ -222,7 +223,7 @@ class ReconstructionRun(Run[ReconstructionJob]):
         if wanted != "fit":
             return self.load_operator(wanted, physics)
         kept, seed = self.prepared.things, self.job.seed
-        name = f"operator of {type(physics).__name__} {seed}"
+        name = self._operator_name(physics)
         if name not in kept:
             file = operator_file(physics, seed, QUICK_FIT)
             operator = None
@@ -236,6 +237,10 @@ class ReconstructionRun(Run[ReconstructionJob]):
                 keep_operator(operator, file, physics)
             kept[name] = operator
         return kept[name]
+
+    def _operator_name(self, physics: LinearPhysics) -> str:
+        """What the job's fit to a physics is kept as for the next job."""
+        return f"operator of {type(physics).__name__} {self.job.seed}"
 
     def _fit(self, physics: LinearPhysics) -> Generator[Message, None, NormalOperator | None]:
         from napari_recon.physics.normal import stream_normal_operator_fit

@@ -10,7 +10,16 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-from napari_recon.jobs.job import Job, OperatorJob, PatchJob, ReconstructionJob, TrainJob
+from napari_recon.jobs.job import (
+    DataConsistencyJob,
+    Job,
+    OperatorJob,
+    PADMMParameters,
+    PatchJob,
+    ReconstructionJob,
+    RegularizationJob,
+    TrainJob,
+)
 from napari_recon.jobs.memory import is_out_of_memory, release_memory, reset_peak
 from napari_recon.jobs.messages import Cancelled, Failed, Message
 from napari_recon.jobs.stages import Control, JobCancelled, Prepared, Run
@@ -21,9 +30,11 @@ from napari_recon.scans.errors import ScanError
 def run_job(job: Job, control: Control | None = None, prepared: Prepared | None = None) -> Iterator[Message]:
     """Run a job and say what happens.
 
-    What comes, and in which order, is told in :mod:`napari_recon.jobs.reconstruct`, :mod:`napari_recon.jobs.operator`
-    and :mod:`napari_recon.jobs.training`. Every stream ends with exactly one of ``Finished``, ``Cancelled`` and
-    ``Failed``. Dropping the generator ends the job as a cancellation does; a training keeps what it has.
+    What comes, and in which order, is told in :mod:`napari_recon.jobs.reconstruct`, :mod:`~napari_recon.jobs.padmm`,
+    :mod:`~napari_recon.jobs.consistency`, :mod:`~napari_recon.jobs.regularization`,
+    :mod:`~napari_recon.jobs.operator` and :mod:`~napari_recon.jobs.training`. Every stream ends with exactly one of
+    ``Finished``, ``Cancelled`` and ``Failed``. Dropping the generator ends the job as a cancellation does; a training
+    keeps what it has.
 
     Parameters
     ----------
@@ -64,9 +75,19 @@ def _run_of(job: Job, control: Control, prepared: Prepared) -> Run[Any] | TrainR
         prepared.clear()  # the memory is for the training
         return TrainRun(job, control)
     if isinstance(job, ReconstructionJob):
+        from napari_recon.jobs.padmm import PADMMRun
         from napari_recon.jobs.reconstruct import ReconstructionRun
 
-        return ReconstructionRun(job, control, prepared)
+        kind = PADMMRun if isinstance(job.parameters, PADMMParameters) else ReconstructionRun
+        return kind(job, control, prepared)
+    if isinstance(job, DataConsistencyJob):
+        from napari_recon.jobs.consistency import DataConsistencyRun
+
+        return DataConsistencyRun(job, control, prepared)
+    if isinstance(job, RegularizationJob):
+        from napari_recon.jobs.regularization import RegularizationRun
+
+        return RegularizationRun(job, control, prepared)
     from napari_recon.jobs.operator import OperatorRun, PatchRun  # needs torch, which the viewer must not load
 
     if isinstance(job, OperatorJob):
@@ -86,6 +107,6 @@ def _smaller(job: Job) -> str:
         return "choose fewer or smaller volumes, or a smaller patch or batch"
     if isinstance(job, OperatorJob) and job.operator == "fit":
         return "choose fewer probes, one kernel, a larger voxel size or more binning"
-    if isinstance(job, PatchJob) or getattr(job.parameters, "patch", None):
+    if isinstance(job, PatchJob) or getattr(getattr(job, "parameters", None), "patch", None):
         return "choose a smaller patch, a larger voxel size or more binning"
     return "choose a larger voxel size or more binning" + ("" if job.device == "cpu" else ", or the device 'cpu'")

@@ -7,7 +7,8 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -66,6 +67,7 @@ class Control:
         self._finish = threading.Event()
         self._cancel = threading.Event()
         self._point: Point | None = None
+        self._changes: deque[dict[str, Any]] = deque()
         self._waited = 0.0
 
     def allocate(self, name: str, shape: Shape) -> NDArray[np.float32]:
@@ -97,6 +99,17 @@ class Control:
     def focus(self, point: Point | None) -> None:
         """Work nearest to ``point`` first: (z, y, x) in voxels of the volume, or None for the method's own order."""
         self._point = point
+
+    def change(self, settings: Mapping[str, Any]) -> None:
+        """Go on with other parameters from the next step on, where the method can; names as in its parameters."""
+        self._changes.append(dict(settings))
+
+    def take_changes(self) -> dict[str, Any]:
+        """What :meth:`change` was given since the last call, the later ones over the earlier."""
+        taken: dict[str, Any] = {}
+        while self._changes:
+            taken |= self._changes.popleft()
+        return taken
 
     @property
     def point(self) -> Point | None:
@@ -225,8 +238,26 @@ class Run(Generic[AnyJob]):
         if self.complete:
             self.prepared.things[name] = self.start
 
-    def follow(self, updates: Iterator[Update], name: str, to_the_end: bool = False) -> Iterator[Message]:
-        """Copy a method's updates into volume ``name`` and tell of them; Finish ends it unless ``to_the_end``."""
+    def follow(
+        self,
+        updates: Iterator[Update],
+        name: str,
+        to_the_end: bool = False,
+        between: Callable[[int], Iterable[Message]] = lambda step: (),
+    ) -> Iterator[Message]:
+        """Copy a method's updates into volume ``name`` and tell of them.
+
+        Parameters
+        ----------
+        updates
+            Of the method.
+        name
+            The volume; made with the first update.
+        to_the_end
+            Whether Finish is not heard.
+        between
+            Called with the step just done before the next one is taken; its messages are passed on.
+        """
         control = self.control
         begin = control.clock()
         try:
@@ -235,8 +266,10 @@ class Run(Generic[AnyJob]):
                 volume = control.volumes[name] if not first else control.allocate(name, self.grid.shape)
                 volume[update.box] = update.values[0, 0].detach().cpu().numpy()
                 whole = volume[update.box].shape == volume.shape
-                # A patch's own figures are of its step; only what holds for the volume is kept for the end.
-                self.figures |= {k: v for k, v in update.figures.items() if whole or k == "residual"}
+                # Of a start nothing is told but its steps; a patch's own figures are of its step, and only what holds
+                # for the volume is kept for the end.
+                figures = {} if name == "start" else dict(update.figures)
+                self.figures |= {k: v for k, v in figures.items() if whole or k == "residual"}
                 if first:
                     yield self.ready(name)
                 if update.step > 0:
@@ -251,12 +284,13 @@ class Run(Generic[AnyJob]):
                         None if following is None else _plain(following),
                         seconds,
                         remaining,
-                        dict(update.figures),
+                        figures,
                     )
                 control.checkpoint()
                 if control.finishing and not to_the_end:
                     self.complete = self.complete and 0 < update.step == update.total
                     return
+                yield from between(update.step)
         finally:
             close = getattr(updates, "close", None)
             if close is not None:

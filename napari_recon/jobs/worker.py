@@ -33,7 +33,7 @@ from typing import IO, Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from napari_recon.jobs.job import Job, OperatorJob, PatchJob, TrainJob, quiet_threads
+from napari_recon.jobs.job import Job, OperatorJob, ReconstructionJob, TrainJob, quiet_threads
 from napari_recon.jobs.messages import Cancelled, Failed, Finished, Message, VolumeReady
 from napari_recon.jobs.stages import Control
 from napari_recon.jobs.volumes import remove_partial
@@ -170,6 +170,10 @@ class Worker:
     def focus(self, point: tuple[float, float, float] | None) -> None:
         """Work nearest to ``point`` first: (z, y, x) in voxels."""
         self._order("focus", point)
+
+    def change(self, settings: dict[str, Any]) -> None:
+        """Go on with other parameters from the next step on; see :meth:`Control.change`."""
+        self._order("change", settings)
 
     def close(self, patience: float = _PATIENCE) -> None:
         """End the child: by itself within ``patience`` seconds, else it is killed. May be called again."""
@@ -375,12 +379,12 @@ class _Desk:
 
 def _may_write(job: Job) -> bool:
     """Whether a job writes a file; that of an operator does so in the cache, at least."""
-    return isinstance(job, OperatorJob | TrainJob) or (not isinstance(job, PatchJob) and job.output is not None)
+    return isinstance(job, OperatorJob | TrainJob) or (isinstance(job, ReconstructionJob) and job.output is not None)
 
 
 def _remove_half_written(job: Job, process: int | None = None) -> None:
     """Remove what ``process`` (this one, by default) left behind of a job's output when it ended amid writing."""
-    if isinstance(job, PatchJob) or job.output is None:
+    if not isinstance(job, ReconstructionJob | OperatorJob | TrainJob) or job.output is None:
         return
     if isinstance(job, TrainJob):  # the temporary names of weights and checkpoint
         for file in (job.output, checkpoint_path(job.output)):

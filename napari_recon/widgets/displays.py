@@ -9,18 +9,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from napari_recon.jobs.job import Job, ReconstructionJob, UnrolledParameters
+import numpy as np
+from napari.layers import Image
+
+from napari_recon.jobs.job import DataConsistencyJob, Job, PADMMParameters, ReconstructionJob, UnrolledParameters
 from napari_recon.jobs.messages import Failed, Finished, Progress, VolumeReady
 from napari_recon.widgets import layers as shown
 
 if TYPE_CHECKING:
-    import numpy as np
-    from napari.layers import Image, Layer
+    from napari.layers import Layer
     from napari.viewer import Viewer
     from numpy.typing import NDArray
 
 THIN = 8
 """Slices below which a volume is shown in 2D whatever was asked for."""
+LAYER = "layer: "
+"""How a start that is a layer of the viewer begins; its name follows."""
 METHOD_NAMES = {"fdk": "FDK", "sirt": "SIRT", "tv": "TV", "padmm": "PADMM", "unrolled": "Unrolled network"}
 
 
@@ -138,13 +142,15 @@ class Display:
 
 
 class ReconstructionDisplay(Display):
-    """FDK and the result, side by side, and an outline around the patch that is worked on."""
+    """FDK, a computed start, and the result side by side, and an outline around the patch that is worked on."""
 
     job: ReconstructionJob
 
     def __init__(self, viewer: Viewer, job: ReconstructionJob, view: str, frame: tuple[Any, ...] = ()) -> None:
         super().__init__(viewer, job, view, frame)
         self.outline: shown.PatchOutline | None = None
+        self._iterates: tuple[VolumeReady, NDArray[np.float32]] | None = None
+        self._kept, self._every = 0, 1
 
     @property
     def watched(self) -> Image | None:
@@ -153,7 +159,13 @@ class ReconstructionDisplay(Display):
 
     def show(self, message: VolumeReady, array: NDArray[np.float32]) -> None:
         """FDK is kept from an earlier run where it is the same; the result takes over its colours."""
-        cells = (1, 1) if self.job.parameters.method == "fdk" else (1, 2)
+        if message.name == "iterates":  # shown at the end: a further axis is in the way while the result is watched
+            self._iterates = message, array
+            return
+        parameters = self.job.parameters
+        cells = (1, 1) if parameters.method == "fdk" else (1, 2)
+        if isinstance(parameters, PADMMParameters) and parameters.start_is_computed:
+            cells = (1, 3)
         layer = self._same_fdk(array) if message.name == "fdk" else None
         if message.name == "fdk":
             volumetric = self.view != "slices" and min(array.shape) >= THIN
@@ -164,7 +176,7 @@ class ReconstructionDisplay(Display):
             shown.cut_open(layer, self.view == "cut")
             self.layers[message.name] = layer
         else:
-            name = "FDK" if message.name == "fdk" else method_name(self.job)
+            name = {"fdk": "FDK", "start": start_name(self.job)}.get(message.name, method_name(self.job))
             layer = shown.volume_layer(name, array, message.scale, message.translate, told)
             self._colour(layer)
             shown.cut_open(layer, self.view == "cut")
@@ -183,8 +195,41 @@ class ReconstructionDisplay(Display):
         """Bring changed boxes and the outline onto the screen."""
         result = self.live.get("result")
         if self.outline is not None and result is not None and result.may_draw and progress is not None:
-            self.outline.show(progress.next_box if progress.name == "result" else None)
+            box = progress.next_box if progress.name == "result" else None
+            part = box is not None and any(
+                s.stop - s.start < n for s, n in zip(box, result.layer.data.shape, strict=True)
+            )
+            self.outline.show(box if part else None)
         super().draw(progress)
+
+    def progressed(self, message: Progress) -> None:
+        """Note which part is new, or that an iterate was kept."""
+        if message.name == "iterates":
+            self._kept = message.box[0].stop
+            self._every = max(1, message.step // max(1, self._kept - 1))
+        super().progressed(message)
+
+    def end(self, message: Finished | Failed) -> None:
+        """The iterates that were kept take the result's place, the last one first."""
+        result = self.layers.get("result")
+        if self._iterates is not None and self._kept > 1 and isinstance(result, Image):
+            ready, array = self._iterates
+            told = self._told("iterates", "iterates") | {"every": self._every}
+            scale = (float(self._every), *ready.scale[1:])
+            name = f"{result.name} iterates" + (f", every {self._every}" if self._every > 1 else "")
+            layer = shown.volume_layer(name, array[: self._kept], scale, ready.translate, told, ready.axis_labels)
+            for attribute in shown.LINKED:
+                setattr(layer, attribute, getattr(result, attribute))
+            layer.experimental_clipping_planes = result.experimental_clipping_planes
+            visible, result.visible = result.visible, False
+            layer.visible = visible
+            self._add("iterates", layer)
+            if isinstance(message, Finished):
+                layer.metadata[shown.KEY] |= {"provenance": message.provenance, "figures": message.figures}
+            more = self.viewer.dims.ndim - 4
+            if more >= 0:
+                self.viewer.dims.set_point(more, (self._kept - 1) * scale[0])
+        super().end(message)
 
     def forget(self, layer: Layer) -> None:
         """The outline goes with the result."""
@@ -224,6 +269,64 @@ class ReconstructionDisplay(Display):
             layer.contrast_limits = limits
 
 
+class NothingShown(Display):
+    """The display of a job that has no volumes."""
+
+
+class DataConsistencyDisplay(Display):
+    """What was measured, what the volume projects to, and their difference, view by view, side by side.
+
+    Attributes
+    ----------
+    of
+        The name of the volume's layer, where it is one.
+    """
+
+    job: DataConsistencyJob
+    of = ""
+
+    def show(self, message: VolumeReady, array: NDArray[np.float32]) -> None:
+        """Measured and projected share their contrast; the residual's colours are about zero."""
+        name = message.name
+        if not self.layers:
+            self._begin([], (1, 3), 2)
+        of = f" of {self.of}" if self.of else ""
+        title = {"measured": "measured", "projected": f"projection{of}", "residual": f"residual{of}"}[name]
+        told = self._told(name, "data consistency")
+        # Views have an axis of their own, else volumes and their z would stretch it; z is one slab.
+        step, pitch_v, pitch_u = message.scale
+        scale = (step, pitch_v * array.shape[1], pitch_v, pitch_u)
+        first_view, *corner = message.translate
+        labels = ("view", "z", "row", "column")
+        layer = shown.volume_layer(title, array[:, None], scale, (first_view, 0.0, *corner), told, labels)
+        layer.colormap = "PiYG" if name == "residual" else "gray"
+        layer.rendering = "mip"
+        shown.show_name(layer, 11)
+        first = self.layers.get("measured")
+        if name == "measured":
+            low, high = (float(q) for q in np.percentile(array[:: max(1, len(array) // 3)], (0.5, 99.9)))
+            if high > low:
+                layer.contrast_limits_range, layer.contrast_limits = (min(0.0, low), 2 * high), (low, high)
+        elif name == "projected" and isinstance(first, Image):
+            layer.contrast_limits_range, layer.contrast_limits = first.contrast_limits_range, first.contrast_limits
+            shown.link([first, layer])
+        self._add(name, layer)
+        self.live[name] = shown.LiveVolume(self.viewer, layer)
+        if name == "measured":
+            shown.look_at(self.viewer, [layer], (1, 3))
+            self.viewer.dims.set_point((self.viewer.dims.ndim - 4, self.viewer.dims.ndim - 3), (first_view, 0.0))
+
+    def progressed(self, message: Progress) -> None:
+        """Projection and residual have new views; the residual's colours reach four times the noise."""
+        views, *pixels = message.box
+        for live in self.live.values():
+            live.changed((views, slice(0, 1), *pixels))
+        residual = self.layers.get("residual")
+        reach = 4 * message.figures.get("noise", 0.0)
+        if residual is not None and residual.contrast_limits[1] != reach and np.isfinite(reach) and reach > 0:
+            residual.contrast_limits_range, residual.contrast_limits = (-4 * reach, 4 * reach), (-reach, reach)
+
+
 def method_name(job: ReconstructionJob) -> str:
     """A job's method as a layer's name."""
     name = METHOD_NAMES.get(job.parameters.method, job.parameters.method.upper())
@@ -231,6 +334,21 @@ def method_name(job: ReconstructionJob) -> str:
         weights = Path(job.parameters.weights).stem
         return name if weights == job.parameters.method else f"{name} {weights}"
     return f"Partitioned {name}" if getattr(job.parameters, "patch", None) else name
+
+
+def start_name(job: ReconstructionJob) -> str:
+    """A computed start as a layer's name."""
+    start = getattr(job.parameters, "start", "")
+    return f"Start: {'TV' if start == 'tv' else Path(start).stem}"
+
+
+def run_name(job: ReconstructionJob) -> str:
+    """A run beside others of the scan: what it was done by, as far as it decides how it converges."""
+    parameters = job.parameters
+    if isinstance(parameters, PADMMParameters):
+        start = Path(parameters.start.removeprefix(LAYER)).stem
+        return f"{start}, {parameters.preconditioner}, τ {parameters.regularization:g}"
+    return method_name(job)
 
 
 def told_by(layer: Layer) -> dict[str, Any]:

@@ -57,7 +57,12 @@ def warm_up() -> None:
 
 
 def volume_layer(
-    name: str, array: NDArray[np.float32], scale: Sequence[float], translate: Sequence[float], metadata: dict[str, Any]
+    name: str,
+    array: NDArray[np.float32],
+    scale: Sequence[float],
+    translate: Sequence[float],
+    metadata: dict[str, Any],
+    axis_labels: Sequence[str] = ("step", "z", "y", "x"),
 ) -> Image:
     """A volume (D, H, W), or several in a row, as a layer in the world's mm; it holds the array itself, not a copy."""
     layer = Image(
@@ -65,7 +70,7 @@ def volume_layer(
         name=name,
         scale=tuple(scale),
         translate=tuple(translate),
-        axis_labels=("step", "z", "y", "x")[-array.ndim :],
+        axis_labels=tuple(axis_labels)[-array.ndim :],
         units=("mm",) * array.ndim,  # of a step too: layers of several units make napari give up units altogether
         contrast_limits=(0.0, 1.0),  # else napari reads the whole array
         colormap="magma",

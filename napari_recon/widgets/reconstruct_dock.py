@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import typing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
+from napari.layers import Image
+from napari.utils.notifications import show_warning
+from pydantic import BaseModel, ValidationError
 from qtpy.QtCore import Qt
 from qtpy.QtWidgets import (
+    QAbstractSpinBox,
     QComboBox,
     QFileDialog,
     QFormLayout,
+    QHBoxLayout,
     QLabel,
     QLineEdit,
+    QPushButton,
     QSizePolicy,
     QStackedWidget,
+    QWidget,
 )
 
-from napari_recon.jobs.job import Parameters, ReconstructionJob, TVParameters, UnrolledParameters
+from napari_recon.jobs.job import (
+    STARTS,
+    DataConsistencyJob,
+    PADMMParameters,
+    Parameters,
+    ReconstructionJob,
+    RegularizationJob,
+    TVParameters,
+    UnrolledParameters,
+)
 from napari_recon.jobs.messages import Finished
 from napari_recon.learning.weights import WeightsHeader, find_weights, outside_training, read_header, shipped_weights
 from napari_recon.scans.errors import ScanError
-from napari_recon.widgets.curve import Curve
-from napari_recon.widgets.displays import METHOD_NAMES
-from napari_recon.widgets.forms import ModelForm, with_browse
+from napari_recon.widgets.curve import Convergence
+from napari_recon.widgets.displays import LAYER, METHOD_NAMES, told_by
+from napari_recon.widgets.forms import BROWSE, ModelForm, with_browse
 from napari_recon.widgets.job_dock import JobDock, button_row, make_button
+from napari_recon.widgets.operator_displays import can_be_judged_on
 from napari_recon.widgets.style import colour, section
 
 if TYPE_CHECKING:
@@ -35,7 +52,11 @@ if TYPE_CHECKING:
 METHODS: tuple[type[BaseModel], ...] = typing.get_args(typing.get_args(Parameters)[0])
 OPERATORS = ("fit", "exact")
 DOCKS_OPERATOR = "the Normal operator dock's H"
-FILES = {"operator": "Normal operators (*.safetensors)", "weights": "Weights (*.safetensors)"}
+FILES = {
+    "operator": "Normal operators (*.safetensors)",
+    "weights": "Weights (*.safetensors)",
+    "start": "Volumes and weights (*.tif *.tiff *.npy *.safetensors)",
+}
 """Filters of the file dialogs of fields that may be files."""
 VIEWS = {"cut": "3D, cut open", "whole": "3D", "slices": "slices"}
 """How volumes are shown: what a session calls it, and its name for a person."""
@@ -51,16 +72,17 @@ class ReconstructDock(JobDock):
     """Runs reconstructions of the session's scan."""
 
     def __init__(self, napari_viewer: napari.viewer.Viewer) -> None:
-        super().__init__(napari_viewer, ReconstructionJob)
+        super().__init__(napari_viewer, ReconstructionJob, DataConsistencyJob, RegularizationJob)
         layout = self.content
         layout.addWidget(self.subject)
 
         self.method = QComboBox()
         self.forms: list[ModelForm] = []
+        self.suggest: list[QPushButton] = []
         self.parameters = QStackedWidget()
         default = str(UnrolledParameters.model_fields["weights"].default)
         weights = [default, *(name for name in shipped_weights() if name != default)]
-        choices = {"operator": OPERATORS, "weights": weights}
+        choices = {"operator": OPERATORS, "weights": weights, "start": STARTS}
         for model in METHODS:
             name = str(model.model_fields["method"].default)
             self.method.addItem(METHOD_NAMES.get(name, name.upper()), name)
@@ -68,6 +90,11 @@ class ReconstructDock(JobDock):
             self.method.setItemData(self.method.count() - 1, explanation, Qt.ItemDataRole.ToolTipRole)
             form: ModelForm = ModelForm(model, skip=("method",), choices=choices, files=FILES)
             form.changed.connect(self._edited)
+            if "regularization" in form.editors:
+                self._offer_suggestion(form)
+            if model is PADMMParameters:  # half a number, while it is typed, is no change of a run
+                for spin in form.findChildren(QAbstractSpinBox):
+                    spin.setKeyboardTracking(False)
             self.forms.append(form)
             self.parameters.addWidget(form)
         row = QFormLayout()
@@ -80,6 +107,7 @@ class ReconstructDock(JobDock):
         self.warning.setVisible(False)
         layout.addWidget(self.warning)
         self._header: tuple[object, WeightsHeader] | None = None
+        self._suggestion_for: ModelForm[Any] | None = None
         self.method.currentIndexChanged.connect(self._choose_method)
 
         self.view = QComboBox()
@@ -104,13 +132,28 @@ class ReconstructDock(JobDock):
         layout.addLayout(button_row(self.run, self.pause, self.finish, self.cancel))
         layout.addWidget(self.progress)
         layout.addWidget(self.status)
-        self.curve = Curve()
+        self.curve = Convergence(self._forget_runs)
         layout.addWidget(self.curve)
+        self.check = make_button(
+            "Check against data",
+            "Project the selected volume (or else the last result) and show it beside the projections that were "
+            "measured, with what is left over: what a volume shows and the data do not, shows there.",
+            self._check,
+        )
+        layout.addWidget(self.check)
         layout.addStretch(1)
 
         self.session.operator_file_changed.connect(self._use_operator)
         self.session.weights_file_changed.connect(self._use_weights)
+        self.viewer = self.session.viewer
+        layers = self.viewer.layers.events
+        for event in (layers.inserted, layers.removed, layers.moved):
+            event.connect(self._list_layers)
+        self._list_layers()
         self.method.setCurrentIndex(METHODS.index(TVParameters))
+        if self.tuning and self.session.tuned is not None:  # the dock was closed amid a run
+            self.method.setCurrentIndex(METHODS.index(PADMMParameters))
+            self.padmm.set_value(self.session.tuned)
         self._choose_method()
         self._follow()
         self._use_operator()
@@ -160,14 +203,120 @@ class ReconstructDock(JobDock):
     def _run(self) -> None:
         job = self.job()
         if job is not None:
-            self.curve.clear()
+            self.session.run(job, self._start_layer(job.parameters))
+            self._show_curves()
+
+    def _offer_suggestion(self, form: ModelForm[Any]) -> None:
+        """Put a button beside a form's regularisation that finds a value for it."""
+        rows, editor = form.layout(), form.editors["regularization"].widget
+        assert isinstance(rows, QFormLayout)
+        place = rows.getWidgetPosition(editor)[0]
+        button = QPushButton("Suggest")
+        button.setToolTip(
+            "<qt>Compare values on a part of the scan, which takes some seconds, and take the largest whose residual "
+            "is down at the noise, or at what no value explains.</qt>"
+        )
+        button.clicked.connect(lambda _=False: self._suggest())
+        both = QWidget()
+        beside = QHBoxLayout(both)
+        beside.setContentsMargins(0, 0, 0, 0)
+        beside.setSpacing(2)
+        rows.removeWidget(editor)
+        beside.addWidget(editor, 1)
+        beside.addWidget(button)
+        rows.setWidget(place, QFormLayout.ItemRole.FieldRole, both)
+        self.suggest.append(button)
+
+    def _suggest(self) -> None:
+        """Let the process look for a regularisation; what it finds goes into the form that is shown."""
+        scan = self.session.scan
+        if scan is not None:
+            job = RegularizationJob(scan=scan.path, options=scan.options, **self.volume.values())
+            self._suggestion_for = self.forms[self.method.currentIndex()]
             self.session.run(job)
+
+    def _check(self) -> None:
+        """Hold the selected volume, or the last result, against the data; on the grid that it was made on."""
+        scan, selected = self.session.scan, self.viewer.layers.selection.active
+        candidates = [selected, *reversed(self.viewer.layers)]
+        layer = next((x for x in candidates if isinstance(x, Image) and can_be_judged_on(x)), None)
+        if scan is None or layer is None:
+            show_warning("There is no volume to check: run a reconstruction, or select a volume layer in mm.")
+            return
+        made = told_by(layer).get("job", {})
+        if not {"shape", "voxel_size"} <= set(made):
+            made = {"shape": layer.data.shape, "voxel_size": float(layer.scale[0])}
+        job = DataConsistencyJob(
+            scan=scan.path,
+            options=scan.options,
+            shape=made["shape"],
+            voxel_size=made["voxel_size"],
+            device=self.volume.values()["device"],
+        )
+        self.session.run(job, layer)
 
     def _pause(self) -> None:
         if self.session.state == "paused":
             self.session.resume()
         else:
             self.session.pause()
+
+    # -- PADMM -----------------------------------------------------------------------------------------------------
+
+    @property
+    def padmm(self) -> ModelForm[Any]:
+        """The form of PADMM."""
+        return self.forms[METHODS.index(PADMMParameters)]
+
+    @property
+    def tuning(self) -> bool:
+        """Whether a PADMM runs, whose parameters can be changed."""
+        job = self.session.job
+        runs = self.session.state in ("running", "paused")
+        return runs and isinstance(job, ReconstructionJob) and isinstance(job.parameters, PADMMParameters)
+
+    def _start_layer(self, parameters: BaseModel) -> Image | None:
+        """The layer that PADMM is to start from, if it is one."""
+        if isinstance(parameters, PADMMParameters) and parameters.start.startswith(LAYER):
+            name = parameters.start.removeprefix(LAYER)
+            if name in self.viewer.layers:
+                layer = self.viewer.layers[name]
+                return layer if isinstance(layer, Image) else None
+        return None
+
+    def _list_layers(self, event: object = None) -> None:
+        """Offer the viewer's volumes in mm as starts, and keep to what was chosen."""
+        with contextlib.suppress(RuntimeError):  # the dock is being deleted
+            combo = self.padmm.editors["start"].widget
+            assert isinstance(combo, QComboBox)
+            chosen = self.padmm.values()["start"]
+            there = [layer.name for layer in self.viewer.layers if can_be_judged_on(layer)]
+            combo.blockSignals(True)
+            for i in reversed(range(combo.count())):
+                if combo.itemText(i).startswith(LAYER):
+                    combo.removeItem(i)
+            for name in there:
+                combo.insertItem(combo.findText(BROWSE), LAYER + name)
+            gone = chosen.startswith(LAYER) and chosen.removeprefix(LAYER) not in there
+            # Amid a run it is what the run began with, and nothing to change.
+            self.padmm.editors["start"].put(STARTS[0] if gone and not self.tuning else chosen)
+            combo.blockSignals(False)
+
+    def _tune(self) -> None:
+        """Send what was edited on to the run."""
+        with contextlib.suppress(ValidationError):  # what is typed may be no parameters yet
+            parameters = self.padmm.value()
+            self.session.tune(parameters, self._start_layer(parameters))
+
+    def _forget_runs(self) -> None:
+        self.session.forget_runs()
+        self._show_curves()
+
+    def _show_curves(self, at_once: bool = True) -> None:
+        session = self.session
+        self.curve.show_runs(session.curve_label, session.curve, session.runs, at_once)
+
+    # -- what other docks hand over --------------------------------------------------------------------------------
 
     def _use_operator(self) -> None:
         """Take the session's operator up as a choice, and choose it; or let go of one of another scan."""
@@ -247,6 +396,8 @@ class ReconstructDock(JobDock):
 
     def _ask_for_plan(self) -> None:
         self._show_weights()
+        if self.tuning:
+            self._tune()
         super()._ask_for_plan()
 
     # -- showing ---------------------------------------------------------------------------------------------------
@@ -254,24 +405,50 @@ class ReconstructDock(JobDock):
     def _show_state(self, state: str) -> None:
         self.pause.setEnabled(self.mine and state in ("running", "paused"))
         self.pause.setText("Resume" if state == "paused" and self.mine else "Pause")
-        for widget in (self.method, self.parameters, self.volume):
+        for widget in (self.method, self.volume):
             widget.setEnabled(state == "idle")
+        self.parameters.setEnabled(state == "idle" or self.tuning)
+        for name, editor in self.padmm.editors.items():
+            editor.widget.setEnabled(state == "idle" or name in PADMMParameters.TUNABLE)
+        for button in (self.check, *self.suggest):
+            button.setEnabled(state == "idle" and self.session.scan is not None)
         super()._show_state(state)
 
     def _show_progress(self, _: object = None) -> None:
         super()._show_progress()
-        progress = self.session.progress
-        if self.mine and self.session.state != "idle" and progress is not None:
-            self.curve.show_figures(self.session.curve)
+        if self.mine and self.session.state != "idle":
+            self._show_curves(at_once=False)
 
     def _show_end(self, message: object) -> None:
         super()._show_end(message)
-        if self.mine:
-            self.curve.show_figures(self.session.curve, at_once=True)
+        if not self.mine:
+            return
+        if isinstance(message, Finished) and isinstance(self.session.job, RegularizationJob):
+            if self._suggestion_for is not None:
+                self._suggestion_for.editors["regularization"].put(message.figures["regularization"])
+        else:
+            self._show_curves()
 
     def _words_at_the_end(self, message: object) -> list[str]:
         words = super()._words_at_the_end(message)
+        if isinstance(message, Finished) and isinstance(self.session.job, DataConsistencyJob):
+            return [consistency_sentence(message.figures)]
+        if isinstance(message, Finished) and isinstance(self.session.job, RegularizationJob):
+            return [message.provenance["suggestion"]["sentence"]]
         if isinstance(message, Finished):
             found = [(label, form, message.figures[n]) for n, (label, form) in FIGURES.items() if n in message.figures]
             words[1:1] = [f"{label} {form.format(value)}" for label, form, value in found]
         return words
+
+
+def consistency_sentence(figures: dict[str, float]) -> str:
+    """What the figures of a DataConsistencyJob say, for a person."""
+    said = f"‖Ax − y‖ / ‖y‖ = {figures.get('residual', 0):.3g}"
+    ratio = figures.get("residual_to_noise")
+    if ratio is None:
+        return said + "; the noise of so few pixels cannot be told."
+    said += f", {ratio:.2f} times the noise"
+    if ratio > 1.2:
+        said += f" (at most {figures['worst_view']:.2f} times, in view {int(figures['worst_view_index'])})"
+        return said + ": where the residual has shapes, volume and data differ."
+    return said + ": " + ("the volume fits the noise too." if ratio < 0.8 else "the volume explains the data.")

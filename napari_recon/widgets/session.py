@@ -22,7 +22,16 @@ from napari.utils.notifications import show_error, show_info, show_warning
 from pydantic import ValidationError
 from qtpy.QtCore import QEvent, QObject, QTimer, Signal
 
-from napari_recon.jobs.job import Job, OperatorJob, PatchJob, ReconstructionJob, TrainJob
+from napari_recon.jobs.job import (
+    DataConsistencyJob,
+    Job,
+    OperatorJob,
+    PADMMParameters,
+    PatchJob,
+    ReconstructionJob,
+    RegularizationJob,
+    TrainJob,
+)
 from napari_recon.jobs.messages import (
     Cancelled,
     Failed,
@@ -37,7 +46,14 @@ from napari_recon.jobs.volumes import partial_path
 from napari_recon.scans.errors import ScanError
 from napari_recon.scans.scan import Scan, ScanOptions, open_scan
 from napari_recon.widgets import layers as shown
-from napari_recon.widgets.displays import Display, ReconstructionDisplay, told_by
+from napari_recon.widgets.displays import (
+    DataConsistencyDisplay,
+    Display,
+    NothingShown,
+    ReconstructionDisplay,
+    run_name,
+    told_by,
+)
 from napari_recon.widgets.operator_displays import OperatorDisplay, PatchDisplay, write_layer
 from napari_recon.widgets.training_display import TrainingDisplay
 
@@ -52,10 +68,16 @@ POLL = 30
 """Milliseconds between two looks at what the process has to say."""
 FOCUS_EVERY = 0.25
 """Seconds between two looks at where the person looks."""
+CHANGED = ", changed"
+"""Ends the name of a run whose parameters were changed amid it."""
+RUNS = 5
+"""Earlier reconstructions whose curves are kept."""
 LATE = 0.02
 """Seconds by which a look comes late when the event loop was busy drawing."""
 DISPLAYS: dict[type[Job], type[Display]] = {
     ReconstructionJob: ReconstructionDisplay,
+    DataConsistencyJob: DataConsistencyDisplay,
+    RegularizationJob: NothingShown,
     OperatorJob: OperatorDisplay,
     PatchJob: PatchDisplay,
     TrainJob: TrainingDisplay,
@@ -76,8 +98,17 @@ class WorkerLike(Protocol):
     def finish(self) -> None: ...
     def cancel(self) -> None: ...
     def focus(self, point: tuple[float, float, float] | None) -> None: ...
+    def change(self, settings: dict[str, Any]) -> None: ...
     def close(self) -> None: ...
     def volume(self, name: str) -> NDArray[np.float32]: ...
+
+
+def with_volume(job: Job, path: Path) -> Job:
+    """The job with a file for the volume that it asks for: an operator's x, what is projected, or PADMM's start."""
+    if isinstance(job, ReconstructionJob):
+        parameters = job.parameters.model_copy(update={"start": str(path)})
+        return job.model_copy(update={"parameters": parameters})
+    return job.model_copy(update={"volume": path})
 
 
 def make_worker() -> WorkerLike:
@@ -107,7 +138,13 @@ class Session(QObject):
     progress
         Its last Progress.
     curve
-        Its figures over its steps: name -> list of (step, value).
+        The figures of the reconstruction that runs or ran last over its steps: name -> list of (step, value).
+    curve_label
+        What that reconstruction is called beside others.
+    runs
+        The same of earlier reconstructions of the scan: (label, curve), the last one at the end.
+    tuned
+        The parameters of the PADMM that runs or ran last, as they are now.
     operator
         The normal operator that was fitted or loaded last, or is now, with its layers.
     patch
@@ -154,6 +191,9 @@ class Session(QObject):
         self.job: Job | None = None
         self.progress: Progress | None = None
         self.curve: dict[str, list[tuple[int, float]]] = {}
+        self.curve_label = ""
+        self.runs: list[tuple[str, dict[str, list[tuple[int, float]]]]] = []
+        self.tuned: PADMMParameters | None = None
         self.view = "cut"
         self.worker = make_worker()
         self._tasks: dict[str, int] = {}
@@ -320,6 +360,7 @@ class Session(QObject):
         self.scan, self.summary, self.checks = scan, summary, None
         self._told = set()
         self._forget_operator_file()
+        self.runs, self.curve = [], {}
         self.scan_changed.emit()
         self.checks_changed.emit()
         self._in_thread("checks", scan.checks, self._checked, lambda error: self._checked([str(error)]))
@@ -403,6 +444,7 @@ class Session(QObject):
         self.scan, self.summary, self.checks = scan, summary, None
         self._told = set()
         self._forget_operator_file()
+        self.runs, self.curve = [], {}
         self.scan_changed.emit()
         self.checks_changed.emit()
         self._in_thread("checks", scan.checks, self._checked, lambda error: self._checked([str(error)]))
@@ -426,18 +468,27 @@ class Session(QObject):
         job
             The job.
         x
-            A layer that an :class:`OperatorJob` is to judge the operator on: it is handed over as a file.
+            A layer that the job is to take as its volume (an :class:`OperatorJob` judges the operator on it, a
+            :class:`DataConsistencyJob` projects it, a PADMM starts from it): it is handed over as a file.
         """
         if self.state != "idle":
             show_warning("A job runs already: press Finish or Cancel first.")
             return
-        frame = self.display.frame if isinstance(self.display, DISPLAYS[type(job)]) else ()
-        self.display = DISPLAYS[type(job)](self.viewer, job, self.view, frame)
-        self.job, self.progress, self.curve = job, None, {}
+        kind, before = DISPLAYS[type(job)], self.display
+        same = isinstance(before, kind | NothingShown) or kind is NothingShown  # as the camera is concerned
+        self.display = kind(self.viewer, job, self.view, before.frame if before is not None and same else ())
+        self.job, self.progress = job, None
+        if isinstance(job, ReconstructionJob):
+            if any(len(points) > 1 for points in self.curve.values()):
+                self.runs = [*self.runs[1 - RUNS :], (self.curve_label, self.curve)]
+            self.curve, self.curve_label = {}, run_name(job)
+            self.tuned = job.parameters if isinstance(job.parameters, PADMMParameters) else None
         self._focus, self._focus_asked = None, 0.0
         if isinstance(self.display, OperatorDisplay):
             self._former, self.operator = self.operator, self.display
             self.display.x = None if x is None else x.name
+        elif isinstance(self.display, DataConsistencyDisplay):
+            self.display.of = "" if x is None else x.name
         elif isinstance(self.display, PatchDisplay):
             self._former, self.patch = self.patch, self.display
             self.place_moved = False
@@ -445,28 +496,59 @@ class Session(QObject):
             self._former, self.training = self.training, self.display
         self._set_state("running")
         self._set_stage("starting")
-        if x is None or not isinstance(job, OperatorJob):
+        if x is None:
             self._submit(job)
-        else:
-            self._hand_over(job, x)
+            return
 
-    def _hand_over(self, job: OperatorJob, x: Image) -> None:
-        """Write a layer where the process can read it, then submit the job."""
-        folder = Path(tempfile.mkdtemp(prefix="napari-recon-"))
-        self._handed_over, path = folder, folder / "x.tif"
-        self._set_stage(f"handing {x.name} over")
-
-        def done(_: object) -> None:
+        def written(path: Path) -> None:
             if self.state == "cancelling":
                 self._end(Cancelled())
             else:
-                self._submit(job.model_copy(update={"volume": path}))
+                self._submit(with_volume(job, path))
 
-        def failed(error: Exception) -> None:
-            text = str(error) if isinstance(error, ScanError) else f"The layer could not be handed over: {error}."
-            self._end(Failed("input", text))
+        self._hand_over(x, written, lambda text: self._end(Failed("input", text)))
 
-        self._in_thread("hand over", lambda: write_layer(x, path), done, failed)
+    def _hand_over(self, x: Image, done: Callable[[Path], None], failed: Callable[[str], None]) -> None:
+        """Write a layer where the process can read it, in a thread; the files go when the job ends."""
+        if self._handed_over is None:
+            self._handed_over = Path(tempfile.mkdtemp(prefix="napari-recon-"))
+        name = "".join(c if c.isalnum() or c in "-_" else "_" for c in x.name)  # provenance will name the file
+        path = self._handed_over / f"{name or 'layer'}.tif"
+        self._set_stage(f"handing {x.name} over")
+
+        def sorry(error: Exception) -> None:
+            failed(str(error) if isinstance(error, ScanError) else f"The layer could not be handed over: {error}.")
+
+        self._in_thread("hand over", lambda: write_layer(x, path), lambda _: done(path), sorry)
+
+    def tune(self, parameters: PADMMParameters, start: Image | None = None) -> None:
+        """Let the PADMM that runs go on with other parameters, from its next iteration on.
+
+        Parameters
+        ----------
+        parameters
+            As they should be; what cannot be changed while it runs stays.
+        start
+            The layer that their start stands for, where it does.
+        """
+        before = self.tuned
+        if before is None or self.state not in ("running", "paused"):
+            return
+        changes = {
+            n: getattr(parameters, n) for n in parameters.TUNABLE if getattr(parameters, n) != getattr(before, n)
+        }
+        if not changes:
+            return
+        self.tuned = before.model_copy(update=changes)
+        self.curve_label = self.curve_label.removesuffix(CHANGED) + CHANGED
+        if "start" not in changes or start is None:
+            self.worker.change(changes)
+            return
+
+        def written(path: Path) -> None:
+            self.worker.change(changes | {"start": str(path)})
+
+        self._hand_over(start, written, show_warning)
 
     def _forget_handed_over(self) -> None:
         if self._handed_over is not None:
@@ -479,6 +561,10 @@ class Session(QObject):
             self.worker.finish()
         self._polled = time.perf_counter()
         self._timer.start()
+
+    def forget_runs(self) -> None:
+        """Forget the curves of earlier reconstructions."""
+        self.runs = []
 
     def pause(self) -> None:
         """Wait after the current patch."""
@@ -529,10 +615,13 @@ class Session(QObject):
         for message in self.worker.poll():
             match message:
                 case Progress():
-                    latest = message
                     display.progressed(message)
-                    for name, value in message.figures.items():
-                        self.curve.setdefault(name, []).append((message.step, value))
+                    if message.name == "iterates":
+                        continue
+                    latest = message
+                    if isinstance(self.job, ReconstructionJob):
+                        for name, value in message.figures.items():
+                            self.curve.setdefault(name, []).append((message.step, value))
                 case VolumeReady():
                     self._add_volume(display, message)
                 case Stage():
@@ -590,6 +679,8 @@ class Session(QObject):
             if former is not None:
                 former.remove()
         if isinstance(message, Cancelled):
+            if isinstance(self.job, ReconstructionJob):
+                self.curve = {}
             self._set_stage("cancelled")
         elif isinstance(message, Finished):
             self._set_stage("done" if message.complete else "finished early")
