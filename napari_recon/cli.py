@@ -170,7 +170,7 @@ def reconstruct(
         ),
     ] = None,
     passes: Annotated[
-        int | None, typer.Option(metavar="N", help="Sweeps over the patches; of unrolled, 1 or 2.")
+        int | None, typer.Option(metavar="N", help="Sweeps over the patches; of unrolled, 1 or 2 (2 with --operator).")
     ] = None,
     window: Annotated[
         Literal["ram-lak", "shepp-logan", "cosine", "hann"] | None, typer.Option(help="Ramp window, of fdk.")
@@ -211,6 +211,8 @@ def reconstruct(
             "method": method,
             **{name: value for name, value in given.items() if value is not None},
         }
+        if method == "unrolled" and "operator" in parameters:
+            parameters.setdefault("passes", 2)  # the first pass has no use for one
         if parameters.get("patch") == 0:
             parameters["patch"] = None
         check_output(output)

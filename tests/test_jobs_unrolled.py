@@ -82,7 +82,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def make_job(scan, weights, output=None, **parameters):
-    parameters = {"patch": 16, "operator": "exact"} | parameters
+    parameters = {"patch": 16, "operator": "exact", "passes": 2} | parameters
     return ReconstructionJob(
         scan=scan, parameters=UnrolledParameters(weights=str(weights), **parameters), device="cpu", output=output
     )
@@ -515,12 +515,13 @@ def reconstruct(scan, output, *more, **kwargs):
 def test_the_command_line_runs_weights(scan, files, tmp_path, monkeypatch):
     shutil.copy(files["ramp"], tmp_path / "mine.safetensors")
     monkeypatch.chdir(tmp_path)
-    asked = ("--weights", "mine.safetensors", "--iterations", 1, "--passes", 2, "--operator", "exact", "--patch", 16)
+    asked = ("--weights", "mine.safetensors", "--iterations", 1, "--operator", "exact", "--patch", 16)
     told, _ = reconstruct(scan, "v.tif", *asked)
     parameters = told["job"]["parameters"]
     assert parameters["weights"] == str(tmp_path / "mine.safetensors")  # found from anywhere
     assert parameters["iterations"] == 1
     assert parameters["operator"] == "exact"
+    assert parameters["passes"] == 2  # an operator is for the second
     assert told["figures"]["psnr"] > 0
     expected, _ = result_of(ReconstructionJob.model_validate(told["job"] | {"output": None}))
     np.testing.assert_array_equal(read_volume(tmp_path / "v.tif").data, expected)

@@ -103,6 +103,9 @@ def test_what_means_nothing_to_the_weights_cannot_be_asked(opened, qtbot, tmp_pa
     opened.weights.put(write_weights(tmp_path / "a.safetensors"))
     settle(qtbot, dock)
     iterations, passes, operator = (form.editors[name].widget for name in ("iterations", "passes", "operator"))
+    assert not operator.isEnabled()  # the one pass of the default has no use for it
+    form.editors["passes"].put(2)
+    settle(qtbot, dock)
     assert all(widget.isEnabled() for widget in (iterations, passes, operator))
     qtbot.keyClick(iterations.layout().itemAt(0).widget(), Qt.Key.Key_Space)
     assert form.values()["iterations"] == 7  # starts from the weights' own
@@ -134,6 +137,7 @@ def test_weights_just_trained_are_taken_up(opened, qtbot, tmp_path):
 def test_a_run_hands_the_job_over_and_names_its_layer_by_the_weights(opened, qtbot, tmp_path):
     dock = opened.dock
     opened.weights.put(write_weights(tmp_path / "mine.safetensors"))
+    opened.form.editors["passes"].put(2)
     opened.form.editors["operator"].put("exact")
     opened.form.editors["patch"].put(16)
     settle(qtbot, dock)

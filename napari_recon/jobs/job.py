@@ -119,10 +119,10 @@ class UnrolledParameters(_Frozen):
         "projects every patch; or an operator file.",
     )
     passes: Literal[1, 2] = Field(
-        default=2,
+        default=1,
         title="Passes",
         description="1: data steps on the whole volume, the network by patches; 2: then every patch takes steps of its "
-        "own, in the context of the first pass.",
+        "own, in the context of the first pass, which gains where views are fewest.",
     )
 
 
