@@ -49,6 +49,12 @@ class SIRTParameters(_Frozen):
     nonnegative: bool = Field(default=True, title="Non-negative", description="Attenuation below zero is set to zero.")
 
 
+_REGULARIZATION = (
+    "Weight of the total variation, relative to the data term and to the brightest part of FDK: 0.0003 keeps detail, "
+    "0.003 is smooth."
+)
+
+
 class TVParameters(_Frozen):
     """Least squares with total variation, by accelerated proximal gradient: the whole volume, or by patches."""
 
@@ -65,8 +71,7 @@ class TVParameters(_Frozen):
         ge=0,
         allow_inf_nan=False,
         title="Regularisation",
-        description="Weight of the total variation, relative to the data term and to the brightest part of FDK: "
-        "0.0003 keeps detail, 0.003 is smooth.",
+        description=_REGULARIZATION,
     )
     patch: int | None = Field(
         default=64,
@@ -155,8 +160,7 @@ class PADMMParameters(_Frozen):
         ge=0,
         allow_inf_nan=False,
         title="Regularisation τ",
-        description="Weight of the total variation, relative to the data term and to the brightest part of FDK: "
-        "0.0003 keeps detail, 0.003 is smooth.",
+        description=_REGULARIZATION,
     )
     rho: float = Field(
         default=0.1,

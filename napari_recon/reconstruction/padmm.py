@@ -28,7 +28,7 @@ from numba import njit, prange
 from torch import Tensor
 
 from napari_recon.physics.normal_operator import NormalOperator
-from napari_recon.physics.projectors import kernel_lock
+from napari_recon.physics.projectors import FAST, kernel_lock
 from napari_recon.physics.xray import as_xray_transform
 from napari_recon.reconstruction.start import (
     Start,
@@ -41,8 +41,6 @@ from napari_recon.reconstruction.start import (
 from napari_recon.reconstruction.streaming import StreamingReconstructor, Update, whole
 from napari_recon.reconstruction.tv import TVPrior, differences, divergence_adjoint
 from napari_recon.scans.errors import ScanError
-
-_FAST: dict[str, Any] = {"fastmath": True, "cache": True, "nogil": True, "error_model": "numpy", "parallel": True}
 
 Preconditioner = Literal["scalar", "diagonal", "circulant", "operator"]
 
@@ -576,7 +574,7 @@ def _length(z: Tensor) -> Tensor:
 # Two dimensions are volumes of one slice: its differences across are 0, and q's first axis is then y.
 
 
-@njit(**_FAST)
+@njit(parallel=True, **FAST)
 def _update(w: Any, q: Any, t: Any, p: Any, relax: Any, kappa: Any, split: bool) -> None:
     depth, height, width = w.shape
     first = q.shape[0] - 2
@@ -608,7 +606,7 @@ def _update(w: Any, q: Any, t: Any, p: Any, relax: Any, kappa: Any, split: bool)
                 pp[i] = relax * here[i] + (before if before < 0 else -over * before)
 
 
-@njit(**_FAST)
+@njit(parallel=True, **FAST)
 def _pull(w: Any, q: Any, t: Any, p: Any, out: Any, split: bool) -> None:
     depth, height, width = w.shape
     first = q.shape[0] - 2

@@ -13,7 +13,7 @@ from deepinv.physics import LinearPhysics
 from numba import njit, prange
 from torch import Tensor
 
-from napari_recon.physics.projectors import kernel_lock
+from napari_recon.physics.projectors import FAST, kernel_lock
 from napari_recon.physics.ramp_filtered import RampFiltered
 from napari_recon.reconstruction.start import (
     Start,
@@ -25,8 +25,6 @@ from napari_recon.reconstruction.start import (
 )
 from napari_recon.reconstruction.streaming import StreamingReconstructor, Update, whole
 from napari_recon.scans.errors import ScanError
-
-_FAST: dict[str, Any] = {"fastmath": True, "cache": True, "nogil": True, "error_model": "numpy", "parallel": True}
 
 WEIGHT_PER_VIEW = 0.04
 """Relative weight of TV per view and voxel across, with ramp-filtered residuals..."""
@@ -208,7 +206,7 @@ def divergence_adjoint(p: Tensor) -> Tensor:
     return out
 
 
-@njit(**_FAST)
+@njit(parallel=True, **FAST)
 def _total_variation(x: Any) -> Any:
     depth, height, width = x.shape
     total: Any = 0.0
@@ -225,7 +223,7 @@ def _total_variation(x: Any) -> Any:
     return total
 
 
-@njit(**_FAST)
+@njit(parallel=True, **FAST)
 def _primal(v: Any, q: Any, lower: Any, u: Any, compare: bool) -> Any:
     """Set u = max(v - Dᵀq, lower); returns the squared norms of its change (if ``compare``) and of itself."""
     depth, height, width = v.shape
@@ -253,7 +251,7 @@ def _primal(v: Any, q: Any, lower: Any, u: Any, compare: bool) -> Any:
     return change, size
 
 
-@njit(**_FAST)
+@njit(parallel=True, **FAST)
 def _dual_step(u: Any, q: Any, p: Any, step: Any, weight: Any, momentum: Any) -> Any:
     """p+ = q + step D u, projected onto |p| <= weight; q = p+ + momentum (p+ - p). Returns <q - p+, p+ - p> before."""
     depth, height, width = u.shape

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from napari_recon.physics.projectors.numba_cpu import NumbaProjector, kernel_lock
+from napari_recon.physics.projectors.numba_cpu import FAST, NumbaProjector, kernel_lock
 from napari_recon.physics.projectors.rays import Rays
 from napari_recon.physics.projectors.torch_any import TorchProjector
 from napari_recon.scans.geometry import Geometry
 from napari_recon.scans.grid import Grid
 
-__all__ = ["NumbaProjector", "Projector", "Rays", "TorchProjector", "kernel_lock", "projector_for", "warm_up"]
+__all__ = ["FAST", "NumbaProjector", "Projector", "Rays", "TorchProjector", "kernel_lock", "projector_for", "warm_up"]
 
 
 class Projector(Protocol):

@@ -40,7 +40,9 @@ kernel_lock = threading.RLock()
 # Bytes of ray sums that are worked on at a time: bounds the memory beyond volume and projections.
 BATCH_BYTES = 16 << 20
 
-_FAST: dict[str, Any] = {"fastmath": True, "cache": True, "nogil": True, "error_model": "numpy"}
+FAST: dict[str, Any] = {"fastmath": True, "cache": True, "nogil": True, "error_model": "numpy"}
+"""How all numba kernels are compiled."""
+
 f32, i32, u32, u64 = np.float32, np.int32, np.uint32, np.uint64
 
 # Memory order (main axis, a, b) of a volume for each kernel, as axes of (x, y, z). Along b lies what the inner loop
@@ -49,13 +51,13 @@ _GENERAL_ORDER = {0: (0, 2, 1), 1: (1, 2, 0), 2: (2, 1, 0)}
 _ALIGNED_ORDER = {0: (0, 1, 2), 1: (1, 0, 2)}
 
 
-@njit(inline="always", **_FAST)
+@njit(inline="always", **FAST)
 def _clamp(x, high):  # type: ignore[no-untyped-def]
     x = x if x > f32(0) else f32(0)
     return x if x < high else high
 
 
-@njit(inline="always", **_FAST)
+@njit(inline="always", **FAST)
 def _outside(first, last, high):  # type: ignore[no-untyped-def]
     """Whether a line of coordinates from first to last (monotone between) lies wholly in the padding."""
     return (first <= f32(0) and last <= f32(0)) or (first >= high and last >= high)
@@ -64,7 +66,7 @@ def _outside(first, last, high):  # type: ignore[no-untyped-def]
 # -- Joseph, any vectors: volume (S, A + 3, B + 3), sums (views, rows, columns) ---------------------------------------
 
 
-@njit(parallel=True, **_FAST)
+@njit(parallel=True, **FAST)
 def _ray_sums(volume, rays, counts, sums):  # type: ignore[no-untyped-def]
     """Sum the interpolated slices along every ray.
 
@@ -124,7 +126,7 @@ def _ray_sums(volume, rays, counts, sums):  # type: ignore[no-untyped-def]
                 sums[n, r, c] = total[c]
 
 
-@njit(parallel=True, **_FAST)
+@njit(parallel=True, **FAST)
 def _spread_sums(volume, rays, counts, sums, block):  # type: ignore[no-untyped-def]
     """The transpose of :func:`_ray_sums`, added to ``volume``; a thread owns ``block`` slices."""
     slices, size_a, size_b = volume.shape
@@ -192,7 +194,7 @@ def _spread_sums(volume, rays, counts, sums, block):  # type: ignore[no-untyped-
 # -- Joseph, aligned detector: volume (S, A + 3, Z + 3), sums (views, columns, rows) ----------------------------------
 
 
-@njit(parallel=True, **_FAST)
+@njit(parallel=True, **FAST)
 def _ray_sums_aligned(volume, rays, counts, sums):  # type: ignore[no-untyped-def]
     slices, size_a, size_z = volume.shape
     high_a, high_z = f32(size_a - 2), f32(size_z - 2)
@@ -238,7 +240,7 @@ def _ray_sums_aligned(volume, rays, counts, sums):  # type: ignore[no-untyped-de
                 sums[n, c, r] = total[r]
 
 
-@njit(parallel=True, **_FAST)
+@njit(parallel=True, **FAST)
 def _spread_sums_aligned(volume, rays, counts, sums, block):  # type: ignore[no-untyped-def]
     """The transpose of :func:`_ray_sums_aligned`, added to ``volume``; a thread owns ``block`` slices.
 
@@ -303,7 +305,7 @@ def _spread_sums_aligned(volume, rays, counts, sums, block):  # type: ignore[no-
 # -- between ray sums and projections (rows, views, columns): lengths between two slices, and the transpose -----------
 
 
-@njit(inline="always", **_FAST)
+@njit(inline="always", **FAST)
 def _length(ray, r, c):  # type: ignore[no-untyped-def]
     """|d| / |d_main|: the length of the ray between two slices, in voxels."""
     d0 = f32(ray[3, 0] + c * ray[4, 0] + r * ray[5, 0])
@@ -312,7 +314,7 @@ def _length(ray, r, c):  # type: ignore[no-untyped-def]
     return f32(math.sqrt(d0 * d0 + d1 * d1 + d2 * d2)) / abs(d0)
 
 
-@njit(parallel=True, **_FAST)
+@njit(parallel=True, **FAST)
 def _give_projections(sums, rays, counts, corners, views, size, aligned, projections):  # type: ignore[no-untyped-def]
     """projections[row, view, column] = length * sums, at the place ``corners`` (n, 2) of each view's window."""
     tile = 16
@@ -328,7 +330,7 @@ def _give_projections(sums, rays, counts, corners, views, size, aligned, project
                     target[column0 + c] = q * (_length(ray, r, c) * size)
 
 
-@njit(parallel=True, **_FAST)
+@njit(parallel=True, **FAST)
 def _take_projections(sums, rays, counts, corners, views, size, aligned, projections):  # type: ignore[no-untyped-def]
     """The transpose of :func:`_give_projections`."""
     tile = 16
@@ -347,7 +349,7 @@ def _take_projections(sums, rays, counts, corners, views, size, aligned, project
                         sums[task, r, c] = q
 
 
-@njit(parallel=True, **_FAST)
+@njit(parallel=True, **FAST)
 def _square_lengths(sums, rays, counts, size, aligned):  # type: ignore[no-untyped-def]
     """Both of the above in one, without the projections: sums *= length^2."""
     for task in prange(len(rays)):
@@ -368,7 +370,7 @@ def _square_lengths(sums, rays, counts, size, aligned):  # type: ignore[no-untyp
 # -- voxel-driven back projection of filtered projections -------------------------------------------------------------
 
 
-@njit(parallel=True, **_FAST)
+@njit(parallel=True, **FAST)
 def _backproject(filtered, matrices, out):  # type: ignore[no-untyped-def]
     """out[k, j, i] += sum over views of W^-2 times the bilinear sample. filtered (n, rows + 3, columns + 3)."""
     views, height, width = filtered.shape
@@ -413,7 +415,7 @@ def _backproject(filtered, matrices, out):  # type: ignore[no-untyped-def]
                 out[k, j0 + jj, i] += total[jj, i]
 
 
-@njit(parallel=True, **_FAST)
+@njit(parallel=True, **FAST)
 def _backproject_aligned(filtered, matrices, out):  # type: ignore[no-untyped-def]
     """As :func:`_backproject` where column and depth do not depend on z. filtered (n, columns + 3, rows + 3).
 
