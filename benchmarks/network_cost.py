@@ -48,6 +48,7 @@ def measure(step: str, backward: bool, size: int) -> dict[str, Any]:
     apply: Callable[[torch.Tensor], torch.Tensor]
     if step.startswith("network"):
         apply = load_weights(find_weights("unrolled")).model.networks[0]
+        x = x.expand(-1, apply.architecture["options"].get("inputs", 1), -1, -1, -1).contiguous()
     else:
         scanner = Scanner(size, round(size * 100 / 501))
         start = (size - PATCH) // 2

@@ -161,6 +161,22 @@ def test_training_may_compute_in_half_precision(tmp_path):
     assert np.isfinite(last.figures["loss"])
 
 
+def test_a_memory_begins_with_weights_that_had_none(tmp_path):
+    """What it is shown more counts nothing at first."""
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    train(config(), first)
+    before = _Trainer(config(network={"weights": str(first)}), second)
+    after = _Trainer(config(network={"weights": str(first)}, method={"memory": True}), second)
+    x, other = torch.rand(2, 1, 1, 12, 12, 12)
+    found = after.model.denoise(x, 0, 1.0, other)
+    assert torch.allclose(found, before.model.denoise(x, 0, 1.0, other), atol=1e-6)
+    *_, last = stream_training(after.config, second)
+    kept = load_weights(second).model
+    assert kept.memory
+    assert not torch.allclose(kept.denoise(x, 0, 1.0, other), kept.denoise(x, 0, 1.0, 2 * other))
+    assert np.isfinite(last.figures["psnr"])
+
+
 def test_training_begins_with_other_weights(tmp_path):
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     train(config(), first)

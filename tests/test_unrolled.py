@@ -46,14 +46,14 @@ def operator(physics):
     return fit_normal_operator(RampFiltered(physics), probes=2, iterations=1)
 
 
-def small_network(name="light", seed=0):
+def small_network(name="light", seed=0, **more):
     options = {
         "light": {"width": 4, "scales": 2},
         "unet": {"scales": 2, "channels_per_scale": [4, 8]},
         "drunet": {"nc": [2, 4, 8, 16], "nb": 1},
     }
     torch.manual_seed(seed)
-    network = make_network(name, **options[name])
+    network = make_network(name, **options[name], **more)
     with torch.no_grad():  # far enough from the identity to matter
         for parameter in network.parameters():
             parameter.mul_(1.3)
@@ -313,6 +313,32 @@ def test_post_processing_works_as_the_base_of_patches(physics, y):
     assert difference(recon(y, physics), PostProcessing(network, patch_size=8)(y, physics)) < 1e-4
 
 
+class Before(nn.Module):
+    """A network that undoes the data steps."""
+
+    def forward(self, x):
+        return x[:, 1:]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"patch_size": 16}, {"patch_size": 16, "passes": 2}])
+def test_a_network_with_a_memory_is_shown_the_volume_before_the_data_steps(options, physics, y):
+    start = FDK()(y, physics)
+    found = UnrolledPGD(Before(), 2, memory=True, data_steps=2, **options).eval()(y, physics)
+    assert difference(found, start) < 1e-5
+    slice_of_it = UnrolledPGD(Before(), 1, memory=True).denoise(start[:, :, :1], 0, 1.0, 2 * start[:, :, :1])
+    assert difference(slice_of_it, 2 * start[:, :, :1]) < 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["light", "unet", "drunet"])
+def test_networks_of_several_volumes_give_one_and_scale_with_them(name):
+    network = small_network(name, inputs=2).eval()
+    x = torch.rand(1, 2, 16, 16, 16)
+    assert network(x).shape == (1, 1, 16, 16, 16)
+    assert difference(network(3 * x), 3 * network(x)) < 1e-4
+
+
 # -- streaming -----------------------------------------------------------------------------------------------------
 
 
@@ -323,6 +349,7 @@ def test_post_processing_works_as_the_base_of_patches(physics, y):
         lambda n: UnrolledPGD(n, 2),
         lambda n: UnrolledPGD(n, 2, patch_size=8, batch=2),
         lambda n: UnrolledPGD(n, 2, patch_size=8, passes=2),
+        lambda _: UnrolledPGD(small_network(inputs=2), 2, memory=True, patch_size=8, passes=2),
         lambda n: PostProcessing(n, patch_size=8),
     ],
 )
@@ -403,6 +430,7 @@ def test_wrong_pieces_are_refused_in_a_sentence(physics, y, operator):
         lambda n: UnrolledPGD(n, 2, tied=False, patch_size=8, passes=2),
         lambda n: UnrolledPGD(n, 1, step="gradient"),
         lambda n: UnrolledPGD(n, 1, data_steps=3, nonnegative=True, init="tv"),
+        lambda _: UnrolledPGD(small_network(inputs=2), 2, memory=True),
         PostProcessing,
         lambda n: PostProcessing(n, init="least-squares"),
     ],

@@ -2,7 +2,8 @@
 
 All of them are homogeneous: network(s x) = s network(x) for s > 0, by having neither biases nor normalisation, so that
 the unit of the attenuation does not matter (Mohan et al., Robust and interpretable blind image denoising via bias-free
-convolutional neural networks, ICLR 2020). And all of them take volumes of any size.
+convolutional neural networks, ICLR 2020). And all of them take volumes of any size: one, or several as channels, of
+which they change the first.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ class LightNetwork(nn.Module):
         Number of resolutions.
     blocks
         Residual blocks at every scale on the way down, and on the way up.
+    inputs
+        Volumes that it is shown at a time, as channels; the first of them is changed.
 
     Notes
     -----
@@ -66,13 +69,14 @@ class LightNetwork(nn.Module):
     convolution starts small, so that a new network is nearly the identity.
     """
 
-    def __init__(self, channels: int = 1, width: int = 24, scales: int = 3, blocks: int = 1) -> None:
+    def __init__(self, channels: int = 1, width: int = 24, scales: int = 3, blocks: int = 1, inputs: int = 1) -> None:
         super().__init__()
-        if min(channels, width, scales, blocks) < 1:
-            raise ScanError("The light network needs at least one channel, feature, scale and block.")
+        if min(channels, width, scales, blocks, inputs) < 1:
+            raise ScanError("The light network needs at least one channel, feature, scale, block and input.")
+        self.channels = channels
         widths = [width * 2**k for k in range(scales)]
         self.multiple = 2 ** (scales - 1)
-        self.head = _Convolution(channels, width)
+        self.head = _Convolution(inputs * channels, width)
         self.down = nn.ModuleList(nn.Conv3d(a, 2 * a, 2, stride=2, bias=False) for a in widths[:-1])
         self.up = nn.ModuleList(nn.ConvTranspose3d(2 * a, a, 2, stride=2, bias=False) for a in widths[:-1])
         self.encoder = nn.ModuleList(nn.Sequential(*(_Residual(a) for _ in range(blocks))) for a in widths)
@@ -83,7 +87,7 @@ class LightNetwork(nn.Module):
         self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, D, H, W) to the same."""
+        """(B, inputs C, D, H, W) to (B, C, D, H, W)."""
         shape = x.shape[2:]
         padding = [p for n in reversed(shape) for p in (0, -n % self.multiple)]
         inside = F.pad(x, padding, mode="replicate") if any(padding) else x
@@ -97,18 +101,19 @@ class LightNetwork(nn.Module):
         for k in reversed(range(len(self.up))):
             h = self.decoder[k](self.up[k](h) + skips[k])
         change = self.tail(h)[..., : shape[0], : shape[1], : shape[2]]
-        return (x + change).contiguous()
+        return (x[:, : self.channels] + change).contiguous()
 
 
 class _DRUNet(nn.Module):
     """deepinv's DRUNet in 3D, of what is to be added; told a noise level relative to the volume's own size."""
 
-    def __init__(self, channels: int = 1, noise_level: float = 0.05, **options: Any) -> None:
+    def __init__(self, channels: int = 1, noise_level: float = 0.05, inputs: int = 1, **options: Any) -> None:
         super().__init__()
         from deepinv.models import DRUNet
 
         self.noise_level = noise_level
-        self.inside = DRUNet(channels, channels, dim=3, pretrained=None, **options)
+        self.channels = channels
+        self.inside = DRUNet(inputs * channels, channels, dim=3, pretrained=None, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         # Its noise level is part of its input, and has to scale with it.
@@ -117,19 +122,25 @@ class _DRUNet(nn.Module):
         inside = F.pad(x, padding, mode="replicate") if any(padding) else x
         level = self.noise_level * x.detach().square().mean((1, 2, 3, 4)).sqrt()
         out: Tensor = self.inside(inside, level)
-        return (x + out[..., : shape[0], : shape[1], : shape[2]]).contiguous()
+        return (x[:, : self.channels] + out[..., : shape[0], : shape[1], : shape[2]]).contiguous()
 
 
 class _UNet(nn.Module):
     """deepinv's UNet in 3D, without biases and normalisation."""
 
-    def __init__(self, channels: int = 1, scales: int = 3, channels_per_scale: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        channels: int = 1,
+        scales: int = 3,
+        channels_per_scale: Sequence[int] | None = None,
+        inputs: int = 1,
+    ) -> None:
         super().__init__()
         from deepinv.models import UNet
 
         self.multiple = 2 ** (scales - 1)
         self.inside = UNet(
-            channels,
+            inputs * channels,
             channels,
             bias=False,
             batch_norm=False,
@@ -158,7 +169,8 @@ def make_network(name: str = "light", **options: Any) -> nn.Module:
         dimensions, for a GPU (about 95 and 6 million parameters as they come).
     **options
         Of the network: channels, width, scales and blocks of "light"; channels, noise_level (relative to the root mean
-        square of the volume) and deepinv's own of "drunet"; channels, scales and channels_per_scale of "unet".
+        square of the volume) and deepinv's own of "drunet"; channels, scales and channels_per_scale of "unet"; and
+        inputs of all of them (2 for an UnrolledPGD with a memory).
 
     Raises
     ------
@@ -289,6 +301,7 @@ def _describe(model: Method) -> dict[str, Any]:
             "step": model.step,
             "data_steps": model.data_steps,
             "nonnegative": model.nonnegative,
+            "memory": model.memory,
             "passes": model.passes,
         }
     return described | {"method": "post-processing"}

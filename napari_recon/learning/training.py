@@ -179,6 +179,11 @@ class MethodConfig(_Frozen):
         title="Start",
         description="FDK, or some ramp-filtered steps of least squares or of total variation after it.",
     )
+    memory: bool = Field(
+        default=False,
+        title="Memory",
+        description="Show the network the volume before the data steps, too, of 'unrolled'.",
+    )
     normal: Literal["exact", "fit"] = Field(
         default="exact", title="Patches", description="AᵀA on patches: 'exact', or a fitted H."
     )
@@ -571,7 +576,8 @@ class _Trainer:
             raise ScanError(f"There are fewer training volumes than processes ({self.world}): raise data.count.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            network = make_network(config.network.name, **config.network.options)
+            inputs = {"inputs": 2} if config.method.name == "unrolled" and config.method.memory else {}
+            network = make_network(config.network.name, **config.network.options | inputs)
         method = config.method
         self.model: Method
         if method.name == "unrolled":
@@ -583,7 +589,9 @@ class _Trainer:
                 method.step_size,
                 data_steps=method.data_steps,
                 nonnegative=True,
+                memory=method.memory,
                 patch_size=self.patch,
+                batch=config.optimisation.batch,
                 init=method.start,
             )
         else:
@@ -876,20 +884,21 @@ class _Trainer:
 
         model, x = self.model, split.start
 
-        def denoise(v: Tensor, iteration: int) -> Tensor:
+        def denoise(v: Tensor, iteration: int, before: Tensor) -> Tensor:
             self.mirror.axes = list(mirrored)  # here, since it is run again on the way back
             if isinstance(model, UnrolledPGD):
-                out = model.denoise(v, iteration, split.scale)
+                out = model.denoise(v, iteration, split.scale, before)
             else:
                 out = model.denoise(v, split.scale)
             self.mirror.axes = []
             return out
 
         if not isinstance(model, UnrolledPGD):
-            return denoise(x, 0)
+            return denoise(x, 0, x)
         for k in range(model.iterations):
+            before = x
             *_, x = model.descend(x, split.gradient, k)
-            found: Tensor = checkpoint(denoise, x, k, use_reentrant=False)
+            found: Tensor = checkpoint(denoise, x, k, before, use_reentrant=False)
             x = found
         return x
 
@@ -933,21 +942,21 @@ class _Trainer:
         from napari_recon.reconstruction.unrolled import UnrolledPGD, apply_by_patches
 
         partition = Partition(example.truth.shape[2:], self.patch)
-        batch = self.config.optimisation.batch
         x = example.start.clone()
         with torch.no_grad():
             if not isinstance(self.model, UnrolledPGD):
                 denoise = partial(self.model.denoise, scale=example.scale)
-                for _ in apply_by_patches(denoise, example.start, x, partition, batch):
+                for _ in apply_by_patches(denoise, example.start, x, partition, self.config.optimisation.batch):
                     pass
                 return x
             unrolled, normal = self.model, self._normal(example, None)
             assert example.noise_gradient is not None
             noise = example.noise_gradient
             for k in range(unrolled.iterations):
-                *_, x = unrolled.descend(x, lambda v: normal(v - example.truth) + noise, k)
-                denoise, x = partial(unrolled.denoise, iteration=k, scale=example.scale), x.clone()
-                for _ in apply_by_patches(denoise, x.clone(), x, partition, batch):
+                before = x
+                *_, stepped = unrolled.descend(x, lambda v: normal(v - example.truth) + noise, k)
+                x = stepped.clone()
+                for _ in unrolled.denoise_by_patches(stepped, x, k, example.scale, before, partition):
                     pass
         return x
 
@@ -1094,13 +1103,21 @@ def _begin_with(model: Method, weights: str) -> None:
     ScanError
         If they are of another network or method.
     """
+    import torch
+
     from napari_recon.learning.networks import load_weights
     from napari_recon.learning.weights import find_weights
 
     file = find_weights(weights)
-    kept = load_weights(file).model
+    kept = load_weights(file).model.state_dict()
+    own = model.state_dict()
+    for name, tensor in kept.items():  # from a network without memory: its first convolution is to see one volume more
+        if name in own and name.endswith("head.weight") and tensor.shape[1] < own[name].shape[1]:
+            room = torch.zeros_like(own[name])
+            room[:, : tensor.shape[1]] = tensor
+            kept[name] = room
     try:
-        model.load_state_dict(kept.state_dict())
+        model.load_state_dict(kept)
     except RuntimeError:
         raise ScanError(
             f"Training cannot begin with the weights {weights}, which are of another network or method: give [network] "

@@ -9,7 +9,8 @@ second pass, in which every patch takes all its steps by itself, exactly or with
 of a patch in both.
 
 D is any torch module from volumes to volumes. It is shown volumes whose brightness is about one, whatever the unit of
-the attenuation: D(x) = s · network(x / s).
+the attenuation: D(x) = s · network(x / s). Data steps fit noise as well as detail; a network with a memory is shown the
+volume before them, too, and sees what they changed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -56,11 +56,11 @@ def apply_by_patches(
     Parameters
     ----------
     denoise
-        (n, C, *patch) to the same.
+        (n, M, *patch) to (n, C, *patch).
     x
-        Volume (B, C, *spatial); left as it is.
+        Volume (B, C, *spatial), or M = 2 C channels of it and of the volume before; left as it is.
     out
-        A copy of it, changed in place: at any time the blend of what is done with what is not.
+        A copy of the volume, changed in place: at any time the blend of what is done with what is not.
     partition
         Of x's shape.
     batch
@@ -81,7 +81,7 @@ def apply_by_patches(
             raise ScanError(f"The focus {tuple(point)} must be {len(partition.shape)} coordinates in voxels.")
         boxes = partition.nearest(waiting, point, batch)
         patches = torch.cat([x[_at(box)] for box in boxes])
-        changes = (denoise(patches) - patches).split(len(x))
+        changes = (denoise(patches) - patches[:, : out.shape[1]]).split(len(x))
         for box, change in zip(boxes, changes, strict=True):
             waiting.remove(box)
             out[_at(box)] += change * partition.weights(box, out.device)
@@ -105,15 +105,15 @@ class _Learned(StreamingReconstructor):
         self.mixed_precision = False
         """Whether the network (never the physics) computes in bfloat16 where it can."""
 
-    def _shown(self, network: nn.Module, x: Tensor, scale: float | Tensor) -> Tensor:
-        """S · network(x / s)."""
-        shown = x / scale
+    def _shown(self, network: nn.Module, x: Tensor, scale: float | Tensor, before: Tensor | None = None) -> Tensor:
+        """S · network(x / s), of x and the volume before it where there is one."""
+        shown = (x if before is None else torch.cat([x, before], 1)) / scale
         flat = x.ndim == 5 and x.shape[2] == 1
         if flat:  # a slice of a fan beam: of an object that goes on above and below, as those of training do
             shown = shown.expand(-1, -1, SLICES, -1, -1)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.mixed_precision):
             out = network(shown)
-        if flat and out.shape == shown.shape:
+        if flat and out.shape[2:] == shown.shape[2:]:
             out = out[:, :, SLICES // 2 : SLICES // 2 + 1]
         if out.shape != x.shape:
             raise ScanError(
@@ -162,6 +162,9 @@ class UnrolledPGD(_Learned):
         Data steps before each use of the network, with Nesterov's momentum from the second on.
     nonnegative
         Whether data steps set values below zero to zero, as attenuation is not negative.
+    memory
+        Whether the network is shown the volume before the data steps beside the one after them: (B, 2 C, D, H, W) to
+        (B, C, D, H, W), as ``make_network(inputs=2)`` takes them.
     patch_size, stride, batch
         Edge of the patches (None: the network takes the volume whole), step between them, and how many at a time.
     passes
@@ -191,6 +194,7 @@ class UnrolledPGD(_Learned):
         step_size: float = 1.8,
         data_steps: int = 1,
         nonnegative: bool = False,
+        memory: bool = False,
         patch_size: int | Sequence[int] | None = None,
         stride: int | Sequence[int] | None = None,
         batch: int = 1,
@@ -208,7 +212,7 @@ class UnrolledPGD(_Learned):
         if int(passes) > 1 and patch_size is None:
             raise ScanError("A second pass goes patch by patch: give UnrolledPGD a patch_size.")
         self.iterations, self.tied, self.step, self.passes = int(iterations), bool(tied), step, int(passes)
-        self.data_steps, self.nonnegative = int(data_steps), bool(nonnegative)
+        self.data_steps, self.nonnegative, self.memory = int(data_steps), bool(nonnegative), bool(memory)
         count = 1 if tied else self.iterations
         self.networks = nn.ModuleList([network, *(deepcopy(network) for _ in range(count - 1))])
         self.step_sizes = nn.Parameter(torch.full((self.iterations,), float(step_size)))
@@ -231,8 +235,9 @@ class UnrolledPGD(_Learned):
             Brightness s, a number or (B, 1, 1, 1, 1).
         """
         for k in range(self.iterations):
+            before = x
             *_, x = self.descend(x, gradient, k)
-            x = self.denoise(x, k, scale)
+            x = self.denoise(x, k, scale, before)
             yield x
 
     def descend(self, x: Tensor, gradient: Gradient, iteration: int) -> Iterator[Tensor]:
@@ -248,9 +253,29 @@ class UnrolledPGD(_Learned):
             x = following
             yield x
 
-    def denoise(self, x: Tensor, iteration: int, scale: float | Tensor) -> Tensor:
-        """D of an iteration."""
-        return self._shown(self.networks[0 if self.tied else iteration], x, scale)
+    def denoise(self, x: Tensor, iteration: int, scale: float | Tensor, before: Tensor) -> Tensor:
+        """D of an iteration, of the volume after its data steps and the one before them."""
+        network = self.networks[0 if self.tied else iteration]
+        return self._shown(network, x, scale, before if self.memory else None)
+
+    def denoise_by_patches(
+        self,
+        x: Tensor,
+        out: Tensor,
+        iteration: int,
+        scale: float | Tensor,
+        before: Tensor,
+        partition: Partition,
+        focus: Focus = None,
+    ) -> Iterator[Region]:
+        """:meth:`denoise` by :func:`apply_by_patches`."""
+        network, channels = self.networks[0 if self.tied else iteration], x.shape[1]
+
+        def denoise(v: Tensor) -> Tensor:
+            return self._shown(network, v[:, :channels], scale, v[:, channels:] if self.memory else None)
+
+        shown = torch.cat([x, before], 1) if self.memory else x
+        return apply_by_patches(denoise, shown, out, partition, self.batch, focus)
 
     def forward(self, y: Tensor, physics: LinearPhysics, **options: Any) -> Tensor:
         """The reconstruction (B, C, D, H, W): the last word of :meth:`stream`."""
@@ -337,13 +362,13 @@ class UnrolledPGD(_Learned):
 
         shown = torch.empty_like(x)
         for k in range(self.iterations):
+            before = x
             for count, x in enumerate(self.descend(x, gradient, k), start=1):  # noqa: B020
                 step += 1
                 following = box if count < self.data_steps else partition.boxes[0]
                 yield Update(box, x, step, total, {"residual": residual}, following)
             shown.copy_(x)
-            denoise = partial(self.denoise, iteration=k, scale=scale)
-            done = apply_by_patches(denoise, x, shown, partition, self.batch, focus)
+            done = self.denoise_by_patches(x, shown, k, scale, before, partition, focus)
             for count, patch in enumerate(done, start=1):
                 step += 1
                 last = count == len(partition) and k == self.iterations - 1 and self.passes == 1
