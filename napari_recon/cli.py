@@ -30,7 +30,7 @@ SomeJob = TypeVar("SomeJob", "ReconstructionJob", "OperatorJob")
 
 app = typer.Typer(
     name="napari-recon",
-    help="3D reconstruction from X-ray projections: FDK, SIRT, TV, trained networks, seen in napari or not.",
+    help="3D reconstruction from X-ray projections and multi-coil MRI, classical or learned, seen in napari or not.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -38,7 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
-ScanPath = Annotated[Path, typer.Argument(metavar="SCAN", help="A scan: folder, .toml, .h5, .nxs or .mat.")]
+ScanPath = Annotated[Path, typer.Argument(metavar="SCAN", help="A scan: folder, .toml, .h5, .nxs, .mat, .cfl or .npy.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 Views = Annotated[int | None, typer.Option(metavar="N", help="Evenly spaced views to keep.")]
 Binning = Annotated[int, typer.Option(metavar="N", help="N x N detector pixels become one.")]
@@ -93,18 +93,32 @@ def info(
 ) -> None:
     """What a scan is, and what looks wrong with it."""
     with _told(as_json) as say:
-        opened = _open(scan, views, binning, axis_offset, air_normalisation)
+        from napari_recon.scans import open_scan
+
+        given = {"views": views, "axis_offset": axis_offset, "air_normalisation": air_normalisation}
+        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        if binning != 1:
+            changes["binning"] = binning
+        opened = open_scan(scan, **changes)  # k-space refuses what is for projections, by name
         summary, warnings = opened.summary(), opened.checks()
         if as_json:
-            say(
-                {
-                    "scan": str(scan),
-                    "name": opened.name,
-                    "summary": summary,
-                    "warnings": warnings,
-                    "notes": opened.notes,
+            found = {
+                "scan": str(scan),
+                "name": opened.name,
+                "kind": opened.kind,
+                "summary": summary,
+                "warnings": warnings,
+                "notes": opened.notes,
+            }
+            if opened.kind == "mri":
+                found |= {
+                    "coils": opened.coils,
+                    "matrix": opened.grid.shape,
+                    "acceleration": opened.acceleration,
+                    "calibration": opened.calibration,
+                    "voxel_size": opened.voxel_size,
                 }
-            )
+            say(found)
             return
         print(opened.name)
         width = max(map(len, summary))
@@ -121,24 +135,29 @@ def reconstruct(
     scan: ScanPath,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="VOLUME", help="A .tif or .ome.zarr to write.")],
     method: Annotated[
-        Literal["fdk", "sirt", "tv", "padmm", "unrolled"],
+        Literal["fdk", "sirt", "tv", "padmm", "unrolled", "zero-filled", "sense"] | None,
         typer.Option(
-            help="tv and unrolled (a trained network) work patch by patch, see --patch; padmm is TV from any --start."
+            help="tv and unrolled (a trained network) work patch by patch, see --patch; padmm is TV from any --start. "
+            "K-space: zero-filled, sense, padmm, unrolled. By default tv, of k-space padmm."
         ),
-    ] = "tv",
+    ] = None,
     views: Views = None,
     binning: Binning = 1,
     axis_offset: AxisOffset = None,
     air_normalisation: Air = None,
+    coils: Annotated[int | None, typer.Option(metavar="N", help="Of k-space: virtual coils to compress to.")] = None,
+    acceleration: Annotated[
+        float | None, typer.Option(metavar="R", help="Of k-space: leave samples out, one of R is kept.")
+    ] = None,
     shape: Shape = None,
     voxel_size: VoxelSize = None,
     iterations: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Iterations, of sirt, tv, padmm or unrolled (by default as trained)."),
+        typer.Option(metavar="N", help="Iterations, of sirt, sense, tv, padmm or unrolled (by default as trained)."),
     ] = None,
     regularization: Annotated[
         float | None,
-        typer.Option(metavar="R", help="Weight of the TV: 0.0003 keeps detail, 0.003 is smooth."),
+        typer.Option(metavar="R", help="Weight of the TV: 0.0003 keeps detail, 0.003 is smooth; of sense, of |x|^2."),
     ] = None,
     rho: Annotated[float | None, typer.Option(metavar="R", help="Penalty of padmm: a matter of speed only.")] = None,
     preconditioner: Annotated[
@@ -181,8 +200,9 @@ def reconstruct(
 ) -> None:
     """Reconstruct a scan into a volume."""
     with _told(as_json) as say:
-        from napari_recon.jobs.job import STARTS, ReconstructionJob
+        from napari_recon.jobs.job import MRI_REGULARIZATION, STARTS, ReconstructionJob
         from napari_recon.jobs.volumes import check_output
+        from napari_recon.scans import open_scan
         from napari_recon.scans.errors import ScanError
 
         if exact and operator is not None:
@@ -194,6 +214,20 @@ def reconstruct(
             weights = weights if weights in shipped_weights() else str(found.absolute())
         if start is not None and start not in STARTS and Path(start).expanduser().exists():
             start = str(Path(start).expanduser().absolute())  # a file is found again from anywhere
+        reading = {
+            "views": views,
+            "binning": None if binning == 1 else binning,
+            "axis_offset": axis_offset,
+            "air_normalisation": air_normalisation,
+            "coils": coils,
+            "acceleration": acceleration,
+        }
+        changes: dict[str, Any] = {name: value for name, value in reading.items() if value is not None}
+        opened = open_scan(scan, **changes)
+        mri = opened.kind == "mri"
+        method = method or ("padmm" if mri else "tv")
+        if mri and method == "padmm" and regularization is None:
+            regularization = MRI_REGULARIZATION
         given = {
             "iterations": iterations,
             "regularization": regularization,
@@ -216,16 +250,10 @@ def reconstruct(
         if parameters.get("patch") == 0:
             parameters["patch"] = None
         check_output(output)
-        options: dict[str, Any] = {
-            "views": views,
-            "binning": binning,
-            "axis_offset": axis_offset,
-            "air_normalisation": air_normalisation,
-        }
         job = _validated(
             ReconstructionJob,
             scan=scan.expanduser().absolute(),  # so that the volume's provenance can be run from anywhere
-            options=options,
+            options=opened.options,
             shape=shape,
             voxel_size=voxel_size,
             parameters=parameters,
@@ -233,7 +261,7 @@ def reconstruct(
             output=output,
             seed=seed,
         )
-        for sentence in _open(scan, **options).checks():
+        for sentence in opened.checks():
             _note(f"warning: {sentence}")
         _report(_run(job), as_json, say)
 
@@ -335,10 +363,11 @@ def simulate(
         str,
         typer.Argument(
             metavar="KIND",
-            help="Phantom: walnut, shepp-logan, ellipsoids, blobs; anatomy: head, thorax, limb, vessels, shell, foam.",
+            help="Phantom: walnut, shepp-logan, ellipsoids, blobs; anatomy: head, thorax, limb, vessels, shell, foam; "
+            "k-space: mri-head, mri-ellipsoids, mri-blobs.",
         ),
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="A folder to make, Walnut layout.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="A folder to make.")],
     size: Annotated[int, typer.Option(metavar="N", help="Voxels along an edge of the true volume.")] = 64,
     views: Annotated[int, typer.Option(metavar="V", help="Projections over the full circle.")] = 90,
     seed: Seed = 0,
@@ -357,13 +386,26 @@ def simulate(
         bool, typer.Option("--polychromatic", help="Three energies: the beam hardens (anatomies).")
     ] = False,
     metal: Annotated[bool, typer.Option("--metal", help="Titanium implants (head, thorax, limb).")] = False,
+    acceleration: Annotated[float, typer.Option(metavar="R", help="Of k-space: one of R samples is taken.")] = 5.0,
+    coils: Annotated[int, typer.Option(metavar="N", help="Of k-space.")] = 8,
     as_json: AsJson = False,
 ) -> None:
-    """Simulate a scan of a phantom or an anatomy: Poisson and detector noise, and the true volume beside it."""
+    """Simulate a scan of a phantom or an anatomy: noise, and the true volume beside it."""
     with _told(as_json) as say:
         from napari_recon.learning.simulate import simulate as make
 
         start = time.perf_counter()
+        if kind.startswith("mri-"):
+            from napari_recon.learning.simulate_mri import write_mri
+
+            options: dict[str, Any] = {"size": size, "seed": seed, "acceleration": acceleration, "coils": coils}
+            written = write_mri(kind.removeprefix("mri-"), output, **options)
+            seconds = time.perf_counter() - start
+            if as_json:
+                say({"output": str(written), "seconds": seconds})
+            else:
+                print(f"{written}: {kind}, {coils} coils, {acceleration:g} times undersampled, {seconds:.1f} s")
+            return
         more: dict[str, Any] = {} if photons is None else {"photons": photons or None}
         more |= {"read_noise": read_noise, "jitter_mm": jitter_mm, "jitter_degrees": jitter_degrees}
         more |= {"scatter": scatter, "polychromatic": polychromatic, "metal": metal}
@@ -505,9 +547,16 @@ def bench(
 def _open(
     path: Path, views: int | None, binning: int, axis_offset: float | None, air_normalisation: bool | None
 ) -> Scan:
-    from napari_recon.scans import open_scan
+    from napari_recon.scans import ScanOptions, open_scan
 
-    return open_scan(path, views=views, binning=binning, axis_offset=axis_offset, air_normalisation=air_normalisation)
+    return open_scan(
+        path,
+        ScanOptions(),
+        views=views,
+        binning=binning,
+        axis_offset=axis_offset,
+        air_normalisation=air_normalisation,
+    )
 
 
 def _validated(kind: type[SomeJob], **fields: Any) -> SomeJob:

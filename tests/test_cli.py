@@ -109,6 +109,17 @@ def test_a_fitted_operator_is_used_and_refused_for_another_scan(scan, tmp_path):
     assert not (tmp_path / "w.tif").exists()
 
 
+def test_k_space_is_simulated_and_reconstructed(tmp_path):
+    folder, out = tmp_path / "head", tmp_path / "head.tif"
+    made = call("simulate", "mri-head", "-o", folder, "--size", 16, "--coils", 4, "--acceleration", 2, "--json")
+    told = call("info", made["output"], "--json")
+    assert (told["kind"], told["coils"]) == ("mri", 4)
+    found = call("reconstruct", made["output"], "-o", out, "--method", "sense", "--coils", 3, "--json")
+    assert found["job"]["options"]["coils"] == 3
+    assert found["figures"]["psnr"] > 10
+    assert out.exists()
+
+
 def test_simulate_then_compare(tmp_path):
     folder = tmp_path / "nut"
     assert call("simulate", "walnut", "-o", folder, "--size", 16, "--views", 8, "--photons", 0, "--json")["seconds"] > 0

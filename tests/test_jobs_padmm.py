@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from napari_recon.cli import app
 from napari_recon.jobs import Control, ReconstructionJob, run_job
 from napari_recon.jobs.job import FDKParameters, PADMMParameters, SIRTParameters
+from napari_recon.jobs.memory import plan_memory
 from napari_recon.jobs.messages import Failed, Finished, Notice, Progress, Stage, VolumeReady
 from napari_recon.jobs.stages import Prepared
 from napari_recon.jobs.volumes import write_volume
@@ -197,7 +198,6 @@ def test_another_start_can_be_taken_amid_a_run(scan):
         ({"rho": -1}, "rho"),
         ({"start": "nonsense.tif"}, "nonsense"),
         ({"weighted": True}, "weighted"),
-        ({"preconditioner": "operator"}, "fitted before a run"),
     ],
 )
 def test_a_change_that_will_not_do_is_told_and_the_run_goes_on(scan, change, word):
@@ -260,8 +260,6 @@ def test_where_there_is_no_room_every_second_iterate_goes(scan, monkeypatch):
 
 
 def test_kept_iterates_are_in_the_plan(scan):
-    from napari_recon.jobs.memory import plan_memory
-
     without, with_them = (
         plan_memory(make_job(scan, iterations=30, keep_iterates=keep)).items["shown volumes"] for keep in (False, True)
     )
@@ -289,6 +287,51 @@ def test_an_operator_that_an_earlier_run_fitted_can_be_changed_to(scan):
     assert not any(isinstance(m, Notice) for m in messages)
     assert finished(messages).provenance["changes"] == [{"step": 1, "preconditioner": "operator"}]
     assert np.isfinite(volumes["result"]).all()
+
+
+def test_an_operator_that_is_not_there_is_fitted_amid_the_run(scan):
+    def tune(control, step):
+        if step == 2:
+            control.change({"preconditioner": "operator", "iterations": 6})
+
+    messages, _ = run(make_job(scan), tune=tune)
+    told = [m.step if isinstance(m, Progress) else m.name for m in messages if isinstance(m, Progress | Stage)]
+    assert "fitting the normal operator" in told[told.index(2) : told.index(3)]
+    assert finished(messages).provenance["changes"] == [{"step": 2, "preconditioner": "operator", "iterations": 6}]
+    residuals = [m.figures["residual"] for m in steps(messages)]
+    assert len(residuals) == 6
+    assert residuals[-1] < residuals[1]
+    _, plain = run(make_job(scan))
+    assert not np.array_equal(plain["result"], run(make_job(scan), tune=tune)[1]["result"])
+
+
+def test_finish_amid_that_fit_keeps_the_result(scan):
+    control, fitting = Control(), False
+    for message in run_job(make_job(scan, iterations=50), control):
+        if isinstance(message, Progress) and message.step == 2:
+            control.change({"preconditioner": "operator"})
+        elif isinstance(message, Stage) and "fitting" in message.name:
+            fitting = True
+            control.finish()
+    assert fitting
+    assert isinstance(message, Finished)
+    assert not message.complete
+    assert "changes" not in message.provenance
+
+
+def test_where_memory_is_short_the_split_variables_are_in_files(scan, monkeypatch):
+    job = make_job(scan)
+    whole = plan_memory(job)
+    _, plain = run(job)
+    monkeypatch.setattr("napari_recon.jobs.memory.available_memory", lambda: int(whole.host_bytes / 0.95))
+    plan = plan_memory(job)
+    assert plan.fits
+    assert plan.host_bytes < 0.9 * whole.host_bytes
+    monkeypatch.setattr("napari_recon.jobs.memory.available_memory", lambda: 4 * 18 * SIZE**3)
+    monkeypatch.setattr("napari_recon.jobs.stages.plan_memory", lambda *_: plan)
+    messages, filed = run(job)
+    assert [m.text for m in messages if isinstance(m, Notice) and "files" in m.text]
+    np.testing.assert_array_equal(filed["result"], plain["result"])
 
 
 def test_it_ends_where_both_residuals_are_small(scan):

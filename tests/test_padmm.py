@@ -7,6 +7,7 @@ import torch
 
 from napari_recon.physics.normal import fit_normal_operator
 from napari_recon.physics.xray import XRayTransform
+from napari_recon.reconstruction import padmm
 from napari_recon.reconstruction.fdk import FDK
 from napari_recon.reconstruction.padmm import PADMM, _Split, cosine_by_fourier, cosine_transform
 from napari_recon.reconstruction.tv import TV, TVPrior, differences, divergence_adjoint
@@ -239,12 +240,64 @@ def test_both_roads_lead_to_the_same(shape, nonnegative):
     for split, dtype in ((fused, torch.float32), (plain, torch.float64)):
         for step in (w, v, w):
             split.update(step.to(dtype))
-    assert torch.allclose(fused.pull(v), plain.pull(v.double()).float(), atol=1e-5)
+    pulled = [split.pull(u, torch.empty_like(u)).float() for split, u in ((fused, v), (plain, v.double()))]
+    assert torch.allclose(*pulled, atol=1e-5)
     assert fused.residuals(w) == pytest.approx(plain.residuals(w.double()), rel=1e-4)
     assert torch.allclose(TVPrior().fn(x).double(), TVPrior().fn(x.double()), rtol=1e-5)
     for split in (fused, plain):
         split.rescale(0.5, 1.0, x, nonnegative)
     assert torch.allclose(fused.q, plain.q.float(), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 7, 6, 5), (1, 2, 9, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+def test_slabs_of_any_thickness_are_the_whole(shape, dtype, monkeypatch, tmp_path):
+    generator = torch.Generator().manual_seed(2)
+    x, w = (torch.randn(shape, generator=generator, dtype=dtype) for _ in range(2))
+    found = []
+    for slab, scratch in ((10**9, None), (1, None), (100, tmp_path)):
+        monkeypatch.setattr(padmm, "SLAB", slab)
+        split = _Split(x, 0.3, 2.0, dtype.is_floating_point, scratch)
+        split.save()
+        split.update(w)
+        split.restore()
+        split.update(w)
+        split.rescale(0.5, 1.0, x, dtype.is_floating_point)
+        split.update(x)
+        found.append((split.q, split.t, split.pull(w, torch.empty_like(w)), split.residuals(w)))
+    for q, t, pulled, residuals in found[1:]:
+        assert torch.allclose(q, found[0][0], atol=1e-5)
+        assert torch.allclose(t, found[0][1], atol=1e-5)
+        assert torch.allclose(pulled, found[0][2], atol=1e-5)
+        assert residuals == pytest.approx(found[0][3], rel=1e-5)
+
+
+@pytest.mark.parametrize("preconditioner", ["circulant", "diagonal"])
+def test_in_slabs_and_files_the_answer_is_the_same_and_nothing_is_left(scan, preconditioner, tmp_path, monkeypatch):
+    physics, _, y, _ = scan
+    method = PADMM(6, preconditioner=preconditioner, inner=4)
+    settings = [Told(4, regularization=5e-3) for _ in range(3)]
+    kept = last(method, y, physics, settings=settings[0])
+    filed = PADMM(6, preconditioner=preconditioner, inner=4, scratch=tmp_path)
+    updates = []
+    for update in filed.stream(y, physics, settings=settings[1]):
+        assert not list(tmp_path.iterdir())  # a process that is killed leaves nothing
+        updates.append(update)
+    assert torch.equal(updates[-1].values, kept.values)
+    assert updates[-1].figures == kept.figures
+    monkeypatch.setattr(padmm, "SLAB", 3 * 16**2)
+    assert distance(last(filed, y, physics, settings=settings[2]).values, kept.values) < 1e-5
+
+
+def test_a_disk_without_room_is_told_in_a_sentence(scan, tmp_path, monkeypatch):
+    physics, _, y, _ = scan
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(padmm.np, "memmap", full)
+    with pytest.raises(ScanError, match="No space left"):
+        PADMM(1, scratch=tmp_path)(y, physics)
 
 
 def test_the_cosine_transform_diagonalises_the_differences():
@@ -270,6 +323,7 @@ def test_bad_input_is_told_in_a_sentence(scan):
         ({"preconditioner": "jacobi"}, "jacobi"),
         ({"inner": 0}, "inner"),
         ({"tolerance": -1.0}, "tolerance"),
+        ({"scratch": "/no/such/folder"}, "folder"),
     ):
         with pytest.raises(ScanError, match=says):
             PADMM(**wrong)

@@ -1,5 +1,6 @@
 """Training: what a patch is taught, resuming, stopping, and configurations."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from napari_recon.cli import app
 from napari_recon.learning.networks import load_weights
+from napari_recon.learning.simulate_mri import simulate_mri
 from napari_recon.learning.training import (
     TrainingConfig,
     _simulate,
@@ -22,6 +24,7 @@ from napari_recon.learning.training import (
     stream_training,
     train,
 )
+from napari_recon.physics.mri import MultiCoilMRI
 from napari_recon.physics.normal import fit_normal_operator
 from napari_recon.physics.ramp_filtered import RampFiltered
 from napari_recon.physics.xray import XRayTransform
@@ -159,6 +162,65 @@ def test_a_trained_method_reconstructs_what_validation_saw(tmp_path):
 def test_training_may_compute_in_half_precision(tmp_path):
     last = train(config(optimisation={"mixed_precision": True}), tmp_path / "w.safetensors")
     assert np.isfinite(last.figures["loss"])
+
+
+MRI = {
+    "data": {"modality": "mri", "kinds": ["head"], "size": 16, "count": 2, "accelerations": [2, 3], "coils": 3},
+    "method": {"step": "gradient", "start": "sense", "data_steps": 2},
+    "validation": {"kinds": ["blobs"]},
+}
+
+
+@torch.no_grad()
+def test_the_gradient_of_a_patch_of_k_space_is_that_of_the_data(tmp_path):
+    trainer = _Trainer(config(**MRI, optimisation={"context_mix": 0.0}), tmp_path / "w.safetensors")
+    list(trainer.prepare())
+    (_, y, physics) = next(trainer._scans(*trainer.objects[0], [2.0]))
+    trainer.examples = trainer.examples[:1]
+    (example,), drawn = trainer.examples, trainer._draw(np.random.default_rng(0))
+    (at,) = [at for at in _places(example.start, drawn.start) if torch.equal(drawn.start, example.start[at])]
+    x = torch.randn_like(drawn.start)
+    whole = example.truth.clone()
+    whole[at] = x
+    expected = physics.A_adjoint(physics.A(whole) - y)[at] / physics.sqnorm
+    assert (drawn.gradient(x) - expected).norm() < 1e-4 * expected.norm()
+
+
+def _places(whole, patch):
+    """Where such a patch may lie."""
+    edge = patch.shape[-1]
+    corners = range(whole.shape[-1] - edge + 1)
+    return [(..., *(slice(c, c + edge) for c in at)) for at in itertools.product(corners, repeat=3)]
+
+
+@pytest.mark.parametrize("method", ["unrolled", "post-processing"])
+def test_networks_of_mri_are_trained_on_heads(method, tmp_path):
+    output = tmp_path / "w.safetensors"
+    last = train(config(**{**MRI, "method": MRI["method"] | {"name": method}}), output)
+    assert np.isfinite(last.figures["psnr"])
+    assert last.patch.shape == (8, 8, 8)
+    assert float(last.patch.min()) >= 0  # a magnitude
+    kept = load_weights(output)
+    assert "multi-coil k-space of 3 coils, accelerations 2, 3" in kept.card
+    made = simulate_mri("ellipsoids", seed=1, size=16, acceleration=2, coils=3)
+    physics = MultiCoilMRI.from_scan(made.scan, "cpu")
+    with torch.no_grad():
+        assert kept.model(made.scan.measurements(), physics).shape == (1, 2, 16, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"method": {"start": "tv"}}, "method.start"),
+        ({"method": {"step": "ramp"}}, "method.step"),
+        ({"data": {"folder": "."}}, "data.folder"),
+        ({"data": {"kinds": ["thorax"]}}, "thorax"),
+    ],
+)
+def test_what_only_x_rays_have_is_refused_for_mri(changes, word, tmp_path):
+    tables = {name: MRI.get(name, {}) | changes.get(name, {}) for name in ("data", "method")}
+    with pytest.raises(ScanError, match=rf"^[^\n]*{word}[^\n]*$"):
+        _Trainer(config(**tables), tmp_path / "w.safetensors")
 
 
 def test_a_memory_begins_with_weights_that_had_none(tmp_path):

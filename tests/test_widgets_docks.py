@@ -275,8 +275,9 @@ def test_every_method_makes_a_job(opened, qtbot):
     open_and_wait(qtbot, scan_dock)
     methods = []
     for index in range(dock.method.count()):
-        dock.method.setCurrentIndex(index)
-        methods.append(dock.job().parameters.method)
+        if not dock.method.view().isRowHidden(index):
+            dock.method.setCurrentIndex(index)
+            methods.append(dock.job().parameters.method)
     assert methods == ["fdk", "sirt", "tv", "padmm", "unrolled"]
 
 

@@ -378,6 +378,32 @@ def test_kept_iterates_are_scrubbed_through_at_the_end(opened, qtbot):
     assert [layer.name for layer in viewer.layers if layer.visible] == ["FDK", "PADMM [1]"]
 
 
+def test_iterates_can_be_looked_at_while_they_come(opened, qtbot):
+    viewer = opened.viewer
+    run(qtbot, opened, until="progress", iterations=2000, keep_iterates=True)
+
+    def iterates():
+        return next((layer for layer in viewer.layers if "iterates" in layer.name), None)
+
+    def kept():
+        return 0 if iterates() is None else len(iterates().data)
+
+    qtbot.waitUntil(lambda: kept() > 2, timeout=10_000)
+    assert [layer.name for layer in viewer.layers if layer.visible] == ["FDK", "PADMM"]  # what is watched stays
+    assert viewer.dims.point[0] > 2  # the newest one is shown
+    layer, before = iterates(), kept()
+    viewer.dims.set_point(0, 2)
+    qtbot.waitUntil(lambda: kept() > before, timeout=10_000)
+    assert iterates() is layer
+    assert viewer.dims.point[0] == 2  # who looks at an earlier one is left there
+    viewer.layers.remove(layer)
+    qtbot.wait(300)
+    assert iterates() is None
+    press(qtbot, opened.dock.finish)
+    qtbot.waitUntil(lambda: opened.session.state == "idle", timeout=10_000)
+    assert iterates() is None
+
+
 def test_iterates_of_a_cancelled_run_are_not_shown(opened, qtbot):
     run(qtbot, opened, until="progress", iterations=500, keep_iterates=True)
     press(qtbot, opened.dock.cancel)

@@ -43,10 +43,11 @@ class DataConsistencyRun(Run[DataConsistencyJob]):
 
     def _volume(self) -> Generator[Message, None, NDArray[np.float32]]:
         path = self.job.volume
+        self.projections()
         if path is None:
             if "last" not in self.prepared.things:
                 raise ScanError("There is no last result on this grid to check: run once, or give a volume's file.")
-            volume: NDArray[np.float32] = self.prepared.things["last"]
+            volume: NDArray[np.float32] = self.prepared.things["last"][0, 0].numpy()
         else:
             yield Stage("reading the volume", path.name)
             volume = on_grid(read_volume(path), self.grid)
@@ -58,8 +59,8 @@ class DataConsistencyRun(Run[DataConsistencyJob]):
         """Project some views at a time, which a person can look at while the others come."""
         import torch
 
-        control, views = self.control, self.scan.geometry.views
-        shape = self.scan.shape
+        scan, control = self.projections(), self.control
+        shape, views = scan.shape, scan.geometry.views
         yield Stage("projecting")
         # Measured as a person does, view by view; y is in the physics' order, row by row.
         measured = control.allocate("measured", shape)
@@ -98,8 +99,8 @@ class DataConsistencyRun(Run[DataConsistencyJob]):
 
     def _projections_ready(self, name: str) -> VolumeReady:
         """The message that projections are there; a view is a step of 1 along the first axis."""
-        views, rows, columns = self.scan.shape
-        pitch_v, pitch_u = self.scan.geometry.pixel_size
+        scan = self.projections()
+        (views, rows, columns), (pitch_v, pitch_u) = scan.shape, scan.geometry.pixel_size
         return VolumeReady(
             name,
             (views, rows, columns),

@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt
 
 from napari_recon.learning.training import TrainingConfig
 from napari_recon.learning.weights import shipped_weights
-from napari_recon.scans.scan import ScanOptions
+from napari_recon.scans.errors import ScanError
+from napari_recon.scans.kspace import KSpaceOptions, KSpaceScan
+from napari_recon.scans.scan import Scan, ScanOptions, open_scan
 
 
 def quiet_threads(environment: MutableMapping[str, str]) -> MutableMapping[str, str]:
@@ -38,6 +40,28 @@ class FDKParameters(_Frozen):
         default="ram-lak",
         title="Ramp window",
         description="Damps the ramp filter at high frequencies: less noise, less detail.",
+    )
+
+
+class ZeroFilledParameters(_Frozen):
+    """Samples that were not taken count as zero: the fast standard of MRI."""
+
+    method: Literal["zero-filled"] = "zero-filled"
+
+
+class SENSEParameters(_Frozen):
+    """Least squares by conjugate gradients, with what the coils see of each other's gaps (CG-SENSE)."""
+
+    method: Literal["sense"] = "sense"
+    iterations: int = Field(
+        default=10, ge=1, le=10_000, title="Iterations", description="More of them resolve more, noise too."
+    )
+    regularization: float = Field(
+        default=0.03,
+        ge=0,
+        allow_inf_nan=False,
+        title="Regularisation",
+        description="Weight of ‖x‖², relative to ‖A‖²: damps noise where coils tell little.",
     )
 
 
@@ -221,9 +245,24 @@ START_WEIGHTS = "unrolled"
 """The shipped weights that the start "network" stands for."""
 
 Parameters = Annotated[
-    FDKParameters | SIRTParameters | TVParameters | PADMMParameters | UnrolledParameters,
+    FDKParameters
+    | ZeroFilledParameters
+    | SENSEParameters
+    | SIRTParameters
+    | TVParameters
+    | PADMMParameters
+    | UnrolledParameters,
     Field(discriminator="method"),
 ]
+
+MRI_REGULARIZATION = 3e-3
+"""What PADMM's regularisation had best be where nobody has chosen one, of k-space (docs/benchmarks.md)."""
+
+METHODS = {
+    "x-ray": ("fdk", "sirt", "tv", "padmm", "unrolled"),
+    "mri": ("zero-filled", "sense", "padmm", "unrolled"),
+}
+"""What each kind of scan can be reconstructed by."""
 
 
 class _ScanJob(_Frozen):
@@ -234,15 +273,32 @@ class _ScanJob(_Frozen):
     scan
         Path of the scan.
     options
-        How it is read: views, binning, corrections.
+        How it is read: views, binning, corrections; coils and undersampling of k-space.
     shape, voxel_size
-        Grid of the volume, (D, H, W) and mm; None takes what the scan suggests.
+        Grid of the volume, (D, H, W) and mm; None takes what the scan suggests. K-space fixes it.
     """
 
     scan: Path
-    options: ScanOptions = ScanOptions()
+    options: ScanOptions | KSpaceOptions = ScanOptions()
     shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     voxel_size: float | None = Field(default=None, gt=0)
+
+    def open_scan(self) -> Scan | KSpaceScan:
+        """The scan, as it is to be read; options that ask for nothing suit every kind.
+
+        Raises
+        ------
+        ScanError
+            As :func:`~napari_recon.scans.open_scan`, or if the job's method is none for such a scan.
+        """
+        scan = open_scan(self.scan) if self.options == ScanOptions() else open_scan(self.scan, self.options)
+        method = getattr(getattr(self, "parameters", None), "method", None)
+        if method is not None and method not in METHODS[scan.kind]:
+            what = {"x-ray": "X-ray projections", "mri": "k-space (MRI)"}[scan.kind]
+            raise ScanError(
+                f"{self.scan} holds {what}, which {method} is not for: use {', '.join(METHODS[scan.kind])}."
+            )
+        return scan
 
 
 class ReconstructionJob(_ScanJob):

@@ -27,6 +27,7 @@ from napari_recon.jobs.job import (
     UnrolledParameters,
 )
 from napari_recon.learning.weights import find_weights, read_header
+from napari_recon.scans.kspace import KSpaceScan
 
 if TYPE_CHECKING:
     from napari_recon.learning.training import TrainingConfig
@@ -73,7 +74,7 @@ class MemoryPlan:
     sentence: str = ""
 
 
-def plan_memory(job: Job, scan: Scan | None = None) -> MemoryPlan:
+def plan_memory(job: Job, scan: Scan | KSpaceScan | None = None) -> MemoryPlan:
     """Plan a job's memory from shapes; nothing is read and nothing allocated.
 
     Parameters
@@ -96,11 +97,17 @@ def plan_memory(job: Job, scan: Scan | None = None) -> MemoryPlan:
             return MemoryPlan(0, 0, free, True, {}, sentence)
         return _plan(job, _training_items(job.training, on_gpu), on_gpu, "This training", lambda *_: _FEWER)
     if scan is None:
-        from napari_recon.scans import open_scan
-
-        scan = open_scan(job.scan, job.options)
-    geometry, grid = scan.geometry, scan.default_grid(job.shape, job.voxel_size)
+        scan = job.open_scan()
+    grid = scan.default_grid(job.shape, job.voxel_size)
+    if isinstance(scan, KSpaceScan):
+        items = _mri_items(job, scan.coils, grid, on_gpu)
+        what = f"A volume of {' x '.join(map(str, grid.shape))} voxels from k-space of {scan.coils} coils"
+        return _plan(job, items, on_gpu, what, lambda *_: "compress to fewer coils")
+    geometry = scan.geometry
     items = _items(job, geometry, grid, on_gpu)
+    padmm = isinstance(job, ReconstructionJob) and job.parameters.method == "padmm"
+    if padmm and not on_gpu and short_of(sum(items.values())):
+        items = _items(job, geometry, grid, on_gpu, padmm_files=True)
     what = f"A volume of {' x '.join(map(str, grid.shape))} voxels from {geometry.views} projections"
     return _plan(job, items, on_gpu, what, lambda needed, free: _remedy(job, geometry, grid, items, needed, free))
 
@@ -122,18 +129,19 @@ def _plan(job: Job, items: dict[str, int], on_gpu: bool, what: str, remedy: Call
     return MemoryPlan(host, device, free, fits_host and (fits_device or not on_gpu), items, sentence)
 
 
-def _items(job: ScanJob, geometry: Geometry, grid: Grid, on_gpu: bool) -> dict[str, int]:
+def _items(job: ScanJob, geometry: Geometry, grid: Grid, on_gpu: bool, padmm_files: bool = False) -> dict[str, int]:
     """Bytes by purpose: what stays while the job runs, and the one step that takes most beyond that.
 
     How many volumes and sets of projections a step takes was counted by running it (see the tests).
+    ``padmm_files``: whether PADMM keeps its split variables in files.
     """
     rows, columns = geometry.detector_shape
     projections = geometry.views * rows * columns * _FLOAT
     volume = grid.voxels * _FLOAT
     if isinstance(job, ReconstructionJob):
-        shown, kept, steps = _reconstruction_needs(job, grid, volume, projections)
+        shown, kept, steps = _reconstruction_needs(job, grid, volume, projections, padmm_files)
     elif isinstance(job, RegularizationJob):
-        shown, kept, steps = 0, {}, {"iteration": _padmm_bytes(grid, projections)}
+        shown, kept, steps = 0, {}, {"iteration": padmm_bytes(grid, projections)}
     elif isinstance(job, DataConsistencyJob):
         shown, kept, steps = 3 * projections, {}, {"projecting": volume + projections // 4}
     else:
@@ -151,6 +159,30 @@ def _items(job: ScanJob, geometry: Geometry, grid: Grid, on_gpu: bool) -> dict[s
         "reading": reading + projections + volume,
         **{f"GPU: {name}": n for name, n in at_work.items()},
     }
+
+
+def _mri_items(job: ScanJob, coils: int, grid: Grid, on_gpu: bool) -> dict[str, int]:
+    """Bytes by purpose of k-space: all coils' samples and maps stay; a coil at a time is transformed."""
+    volume = 2 * grid.voxels * _FLOAT  # complex
+    samples, steps = coils * volume, {"transform": 5 * volume}
+    if isinstance(job, ReconstructionJob):
+        if job.parameters.method == "sense":
+            steps["iteration"] = 8 * volume
+        elif isinstance(job.parameters, PADMMParameters):
+            steps["iteration"] = round(1.2 * padmm_bytes(grid, 0)) * 2 + samples
+        elif isinstance(job.parameters, UnrolledParameters):
+            header = read_header(find_weights(job.parameters.weights))
+            edge = job.parameters.patch or max(grid.shape)
+            patch = math.prod(min(edge, n) for n in grid.shape)
+            steps["patches"] = 8 * volume + samples + network_bytes(header.model) * patch
+    elif isinstance(job, OperatorJob | PatchJob):
+        steps[_FITTING] = 2 * _fit_bytes(grid, terms=1, probes=8) + samples
+    fullest = max(steps, key=lambda name: steps[name])
+    # As measured, as k-space of the physics, the coil maps, and what is left over where residuals are formed.
+    stay = {"samples": 3 * samples, "coil maps": samples, "volumes": 4 * volume, fullest: steps[fullest]}
+    if not on_gpu:
+        return stay
+    return {"libraries": _CUDA_LIBRARIES, "reading": 2 * samples, **{f"GPU: {n}": b for n, b in stay.items()}}
 
 
 def _training_items(training: TrainingConfig, on_gpu: bool) -> dict[str, int]:
@@ -181,7 +213,9 @@ Needs = tuple[int, dict[str, int], dict[str, int]]
 """Bytes of the volumes that are shown, of what stays, and of the steps."""
 
 
-def _reconstruction_needs(job: ReconstructionJob, grid: Grid, volume: int, projections: int) -> Needs:
+def _reconstruction_needs(
+    job: ReconstructionJob, grid: Grid, volume: int, projections: int, padmm_files: bool = False
+) -> Needs:
     parameters = job.parameters
     stay: dict[str, int] = {}
     steps = {"measuring": round(2.5 * volume) + projections // 4}
@@ -199,7 +233,8 @@ def _reconstruction_needs(job: ReconstructionJob, grid: Grid, volume: int, proje
                 steps[_FITTING] = _fit_bytes(grid, terms=1, probes=4) + 2 * projections
     elif isinstance(parameters, PADMMParameters):
         spectra = parameters.preconditioner in ("circulant", "operator")
-        steps["iteration"] = _padmm_bytes(grid, projections, spectra) + (projections if parameters.weighted else 0)
+        iteration = padmm_bytes(grid, projections, spectra, padmm_files)
+        steps["iteration"] = iteration + (projections if parameters.weighted else 0)
         if parameters.preconditioner == "operator":
             stay["normal operator"] = _padded(grid) // 2 + volume
             steps[_FITTING] = _fit_bytes(grid, terms=1, probes=4) + 2 * projections
@@ -277,9 +312,27 @@ def _padded(grid: Grid) -> int:
     return math.prod(2 * n for n in grid.shape) * _FLOAT
 
 
-def _padmm_bytes(grid: Grid, projections: int, spectra: bool = True) -> int:
-    """What an iteration of PADMM takes: volumes, split variables and spectra; projections of both iterates."""
-    return (66 if spectra else 48) * grid.voxels * _FLOAT + 4 * projections
+def padmm_bytes(grid: Grid, projections: int, spectra: bool = True, files: bool = False) -> int:
+    """What an iteration of PADMM takes: volumes and spectra, split variables unless in files, and what is in between.
+
+    Parameters
+    ----------
+    grid
+        Of the volume.
+    projections
+        Bytes of the measurements.
+    spectra
+        Whether the preconditioner is one: its run keeps a copy of the split variables.
+    files
+        Whether the split variables are in files.
+    """
+    volumes = (15 if spectra else 16) if files else (24 if spectra else 21)
+    return (volumes * grid.voxels + 16 * min(grid.voxels, 2**18)) * _FLOAT + 4 * projections
+
+
+def short_of(needed: int) -> bool:
+    """Whether a step that takes so many bytes of host memory more is better done another way."""
+    return needed > _FULL * available_memory()
 
 
 def _fit_bytes(grid: Grid, terms: int, probes: int) -> int:

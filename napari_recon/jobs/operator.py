@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from deepinv.physics import LinearPhysics
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -104,15 +105,17 @@ class OperatorRun(Run[OperatorJob]):
         """The volume x as ``start``: the scan's FDK, or the one that the job names."""
         path = self.job.volume
         if path is None:
-            yield from self.fdk(shown="x", to_the_end=True)
+            yield from self.first_volume("x", to_the_end=True)
         else:
             yield Stage("reading the volume", path.name)
             data = on_grid(read_volume(path), self.grid)
             self.control.allocate("x", self.grid.shape)[...] = data
             self.start = torch.from_numpy(np.array(data, np.float32))[None, None].to(self.y.device)
+            if self.scan.kind == "mri":  # of a magnitude, which is all that a file holds
+                self.start = torch.cat([self.start, torch.zeros_like(self.start)], 1)
             yield self.ready("x")
         if not torch.isfinite(self.start).all() or not self.start.any():
-            which = "The FDK of the scan" if path is None else f"The volume {path}, on the grid of the job,"
+            which = "The first volume of the scan" if path is None else f"The volume {path}, on the grid of the job,"
             raise ScanError(f"{which} is empty or holds NaN or infinity: choose another volume to see the operator on.")
 
     def _operator(self) -> Generator[Message, None, NormalOperator]:
@@ -191,7 +194,7 @@ class OperatorRun(Run[OperatorJob]):
             if name.startswith("mask"):
                 yield self.ready(name)
                 continue
-            scale = tuple(1 / (n * grid.voxel_size) for n in grid.shape)
+            scale = tuple(1 / (n * edge) for n, edge in zip(grid.shape, grid.scale, strict=True))
             translate = tuple(-(n // 2) * s for n, s in zip(grid.shape, scale, strict=True))
             handle, labels = self.control.handles.get(name, ""), ("f_z", "f_y", "f_x")
             yield VolumeReady(name, grid.shape, scale, translate, "1/mm", handle, labels)
@@ -204,28 +207,27 @@ class OperatorRun(Run[OperatorJob]):
         _warm_up(self.physics)
         answer, self.figures["seconds_exact"] = _timed(self.physics.A_adjoint_A, x)
         exact = control.allocate("exact", grid.shape)
-        exact[...] = answer[0, 0].cpu().numpy()
+        exact[...] = values_shown(answer)
         yield self.ready("exact")
         control.checkpoint()
         yield Stage("applying H")
         _timed(operator.apply, x)  # the first time is dearer
         control.checkpoint()
-        answer, self.figures["seconds_approximate"] = _timed(operator.apply, x)
+        other, self.figures["seconds_approximate"] = _timed(operator.apply, x)
         approximate = control.allocate("approximate", grid.shape)
-        approximate[...] = answer[0, 0].cpu().numpy()
+        approximate[...] = values_shown(other)
         yield self.ready("approximate")
         error = control.allocate("error", grid.shape)
-        np.subtract(exact, approximate, out=error)
-        np.square(error, out=error)
+        error[...] = other.sub_(answer).square_().sum((0, 1)).cpu().numpy()
         self.figures["relative_error"] = math.sqrt(_sum(error) / max(_sum(np.square(exact)), 1e-60))
         yield self.ready("error")
         blocks = tuple(math.ceil(n / REGIONS) for n in grid.shape)
         values = region_errors(exact, error, blocks)
         self.figures["worst_region"] = float(values.max())
         control.allocate("regions", values.shape)[...] = values
-        scale = tuple(b * grid.voxel_size for b in blocks)
+        scale = tuple(b * edge for b, edge in zip(blocks, grid.scale, strict=True))
         translate = tuple(
-            t + (b - 1) / 2 * grid.voxel_size for t, b in zip(grid.translate, blocks, strict=True)
+            t + (b - 1) / 2 * edge for t, b, edge in zip(grid.translate, blocks, grid.scale, strict=True)
         )  # a region's centre
         yield VolumeReady("regions", values.shape, scale, translate, handle=control.handles.get("regions", ""))
 
@@ -239,7 +241,7 @@ class PatchRun(Run[PatchJob]):
         yield from self.read()
         control.checkpoint()
         operator = self.load_operator(job.operator)
-        yield from self.fdk(shown=None)
+        yield from self.first_volume(None)
         control.checkpoint()
         yield from self._step(operator)
         made_by, seconds = self.made_by()
@@ -261,14 +263,14 @@ class PatchRun(Run[PatchJob]):
         steps = {"exact": restricted.A_adjoint_A, "approximate": cropped.apply}
         values, spent = dict.fromkeys(steps, start), dict.fromkeys(steps, 0.0)
         shape = (job.steps + 1, *start.shape[2:])
-        patch_grid, size = self.grid.crop(box), self.grid.voxel_size
+        patch_grid = self.grid.crop(box)
         for name in (*steps, "difference"):
             volume = control.allocate(f"patch {name}", shape)
-            volume[0] = 0 if name == "difference" else start[0, 0].cpu().numpy()
+            volume[0] = 0 if name == "difference" else values_shown(start)
             yield VolumeReady(
                 f"patch {name}",
                 shape,
-                (1.0, size, size, size),
+                (1.0, *patch_grid.scale),
                 (0.0, *patch_grid.translate),
                 handle=control.handles.get(f"patch {name}", ""),
                 axis_labels=("step", "z", "y", "x"),
@@ -283,9 +285,9 @@ class PatchRun(Run[PatchJob]):
                 answer, seconds = _timed(normal, values[name] - start)
                 values[name] = values[name] - length * (g + answer)
                 spent[name] += seconds
-                control.volumes[f"patch {name}"][k] = values[name][0, 0].cpu().numpy()
+                control.volumes[f"patch {name}"][k] = values_shown(values[name])
             apart, moved = values["approximate"] - values["exact"], values["exact"] - start
-            control.volumes["patch difference"][k] = -apart[0, 0].cpu().numpy()
+            control.volumes["patch difference"][k] = values_shown(-apart)
             self.figures = {
                 "difference": float(apart.norm() / moved.norm().clamp(min=1e-30)),
                 "seconds_exact": spent["exact"] / k,
@@ -298,7 +300,7 @@ class PatchRun(Run[PatchJob]):
             yield Progress("patch exact", k, job.steps, now, None, passed, left, dict(self.figures))
 
     def _gradient(self) -> Tensor:
-        """Aᵀ(A x₀ − y), x₀ the FDK: what the data say about every voxel at the start, once for all patches."""
+        """Aᵀ(A x₀ − y) at the first volume x₀: what the data say about every voxel, once for all patches."""
         with torch.no_grad():
             residual = self.physics.A(self.start)
             residual -= self.y
@@ -306,6 +308,12 @@ class PatchRun(Run[PatchJob]):
 
 
 # -- what is shown -------------------------------------------------------------------------------------------------
+
+
+def values_shown(x: Tensor) -> NDArray[np.float32]:
+    """(D, H, W) of a volume (1, 1, D, H, W); of a complex one (1, 2, D, H, W) the magnitude."""
+    shown: NDArray[np.float32] = (torch.hypot(x[0, 0], x[0, 1]) if x.shape[1] == 2 else x[0, 0]).cpu().numpy()
+    return shown
 
 
 def filter_images(operator: NormalOperator) -> list[NDArray[np.float32]]:
@@ -399,8 +407,10 @@ def patch_box(center: tuple[float, float, float], edge: int, shape: tuple[int, i
 # -- small things --------------------------------------------------------------------------------------------------
 
 
-def _warm_up(physics: XRayTransform) -> None:
+def _warm_up(physics: LinearPhysics) -> None:
     """One view of AᵀA, so that what is timed afterwards does not compile anything."""
+    if not isinstance(physics, XRayTransform):  # only it has kernels that are compiled
+        return
     one = physics.subset(slice(0, 1))
     with torch.no_grad():
         one.A_adjoint_A(torch.zeros((1, *one.img_size), device=one._device_holder.device))

@@ -10,6 +10,7 @@ could not.
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from napari_recon.jobs.job import STARTS, PADMMParameters
-from napari_recon.jobs.memory import kept_iterates
+from napari_recon.jobs.memory import kept_iterates, padmm_bytes, short_of
 from napari_recon.jobs.messages import Message, Notice, Progress, Stage, VolumeReady
 from napari_recon.jobs.quality import on_grid
 from napari_recon.jobs.reconstruct import ReconstructionRun
@@ -72,16 +73,32 @@ class PADMMRun(ReconstructionRun):
         if control.finishing:
             yield from self._finish_early()
             return
+        folder = self._scratch()
+        if folder is not None:
+            yield Notice(
+                f"Memory is short, so PADMM keeps its split variables in files in {folder} (TMPDIR names another): "
+                "slower, with the same result."
+            )
         yield Stage("reconstructing", parameters.method)
-        yield from self.follow(self._updates(start), "result", between=self._between)
+        yield from self.follow(self._updates(start, folder), "result", between=self._between)
 
-    def _updates(self, start: torch.Tensor | str) -> Iterator[Update]:
+    def _scratch(self) -> Path | None:
+        """A folder for the split variables, where memory has no room for them."""
+        if self.y.device.type != "cpu":
+            return None
+        spectra = self._now.preconditioner in ("circulant", "operator")
+        needed = padmm_bytes(self.grid, self.y.numel() * self.y.element_size(), spectra)
+        return Path(tempfile.gettempdir()) if short_of(needed * (2 if self.scan.kind == "mri" else 1)) else None
+
+    def _updates(self, start: torch.Tensor | str, scratch: Path | None) -> Iterator[Update]:
         import torch
 
         from napari_recon.reconstruction.padmm import PADMM
 
         parameters = self._now
         weights = None
+        if parameters.weighted and self.scan.kind == "mri":
+            raise ScanError("Photon statistics are of X-rays: leave them out for k-space.")
         if parameters.weighted:
             weights = torch.exp(-self.y.clamp(min=0))  # the share of the photons that came through
         method = PADMM(
@@ -92,6 +109,7 @@ class PADMMRun(ReconstructionRun):
             weights=weights,
             tolerance=parameters.tolerance,
             adaptive=parameters.adaptive,
+            scratch=scratch,
         )
         return method.stream(self.y, self.physics, init=start, operator=self._fitted, settings=self._take_settings)
 
@@ -106,11 +124,11 @@ class PADMMRun(ReconstructionRun):
         if "iterates" not in control.volumes:
             count = kept_iterates(self._now.iterations, self.grid.voxels)
             kept = control.allocate("iterates", (count, *shape))
-            size, handle = self.grid.voxel_size, control.handles.get("iterates", "")
+            handle = control.handles.get("iterates", "")
             translate = (0.0, *self.grid.translate)
             labels = ("iteration", "z", "y", "x")
             yield VolumeReady(
-                "iterates", kept.shape, (1.0, size, size, size), translate, handle=handle, axis_labels=labels
+                "iterates", kept.shape, (1.0, *self.grid.scale), translate, handle=handle, axis_labels=labels
             )
         kept = control.volumes["iterates"]
         first, full = step // self._every, step // self._every >= len(kept)
@@ -150,10 +168,12 @@ class PADMMRun(ReconstructionRun):
         try:
             if "start" in changed:
                 settings["init"] = yield from self._begin(now.start, shown=False)
-            if changed.get("preconditioner") == "operator" and self._fitted is None:
-                raise ScanError(
-                    "The preconditioner 'operator' needs H, which is fitted before a run: begin one with it."
-                )
+            if changed.get("preconditioner") == "operator":
+                if self._fitted is None:
+                    self._fitted = yield from self._operator("fit", self.physics)
+                if self._fitted is None:  # Finish was pressed amid the fit
+                    return
+                settings["operator"] = self._fitted
         except ScanError as error:
             yield Notice(str(error))
             return
@@ -179,7 +199,8 @@ class PADMMRun(ReconstructionRun):
 
         if start == "zeros":
             return "zeros"
-        if start == "fdk":
+        mri = self.scan.kind == "mri"
+        if start == "fdk" or (mri and start == "network"):
             return self.start
         kept = self.prepared.things
         if start == "last":
@@ -187,14 +208,18 @@ class PADMMRun(ReconstructionRun):
                 raise ScanError(
                     "There is no last result on this grid to start from: run once, or choose another start."
                 )
-            volume: Any = kept["last"]
-        elif (parameters := PADMMParameters(start=start)).start_is_computed:
+            last: torch.Tensor = kept["last"].to(self.y.device)
+            if not bool(last.isfinite().all()):
+                raise ScanError("The last result holds NaN or infinity: choose another start.")
+            return last.clone()
+        if mri:
+            raise ScanError(f"K-space cannot be started from {start}: use zeros, fdk (its zero-filled image) or last.")
+        if (parameters := PADMMParameters(start=start)).start_is_computed:
             yield Stage("start", start)
             weights = parameters.start_weights
             return (yield from self._computed(start, None if weights is None else find_weights(weights), shown))
-        else:
-            yield Stage("reading the start", Path(start).name)
-            volume = on_grid(read_volume(start), self.grid)
+        yield Stage("reading the start", Path(start).name)
+        volume = on_grid(read_volume(start), self.grid)
         if not np.isfinite(volume).all():
             raise ScanError(f"The start {start} holds NaN or infinity: choose another.")
         return torch.from_numpy(np.array(volume, np.float32))[None, None].to(self.y.device)

@@ -117,9 +117,9 @@ def field_of_view(grid: Grid, radius: float | None = None) -> NDArray[np.bool_]:
     """(H, W): which columns of voxels lie within ``radius`` mm of the axis; half the volume's width if None."""
     _, h, w = grid.shape
     _, y0, x0 = grid.translate
-    y, x = y0 + grid.voxel_size * np.arange(h), x0 + grid.voxel_size * np.arange(w)
+    y, x = y0 + grid.scale[1] * np.arange(h), x0 + grid.scale[2] * np.arange(w)
     if radius is None:
-        radius = min(h, w) * grid.voxel_size / 2
+        radius = min(grid.extent[1:]) / 2
     inside = y[:, None] ** 2 + x[None, :] ** 2 <= radius**2
     return inside if inside.any() else np.ones((h, w), bool)
 

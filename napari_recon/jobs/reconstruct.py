@@ -2,7 +2,8 @@
 
 The stream is: ``Stage("reading")``, ``Stage("fdk")``, ``VolumeReady("fdk")``, the method's own stages,
 ``VolumeReady("result")`` holding the start, a ``Progress`` a step, ``Stage("writing")``. With FDK as the method, "fdk"
-is the result.
+is the result. Of k-space it is "zero-filled" instead; its volumes are magnitudes, and a ``VolumeReady`` with " phase"
+behind the name follows each.
 """
 
 from __future__ import annotations
@@ -15,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from napari_recon.jobs.job import FDKParameters, ReconstructionJob, SIRTParameters, TVParameters, UnrolledParameters
+from napari_recon.jobs.job import (
+    FDKParameters,
+    ReconstructionJob,
+    SENSEParameters,
+    SIRTParameters,
+    TVParameters,
+    UnrolledParameters,
+    ZeroFilledParameters,
+)
 from napari_recon.jobs.memory import drop_frames, is_out_of_memory, network_bytes, peak_memory, release_memory
 from napari_recon.jobs.messages import Finished, Message, Notice, Stage
 from napari_recon.jobs.stages import JobCancelled, Run, advance, keep_operator, operator_file
@@ -26,7 +35,7 @@ if TYPE_CHECKING:  # torch is imported where a job runs, not where jobs are made
     import torch
     from deepinv.physics import LinearPhysics
 
-    from napari_recon.physics import NormalOperator, XRayTransform
+    from napari_recon.physics import NormalOperator
     from napari_recon.reconstruction import Update
     from napari_recon.reconstruction.unrolled import UnrolledPGD
 
@@ -51,18 +60,21 @@ class ReconstructionRun(Run[ReconstructionJob]):
         parameters = job.parameters
         yield from self.read()
         control.checkpoint()
-        if self.header is not None:
+        if self.header is not None and self.scan.kind == "x-ray":
             for sentence in outside_training(self.header.training, self.scan.geometry, self.grid):
                 yield Notice(sentence)
         # FDK is always computed and shown: it is what to beat, and where the methods start.
-        yield from self.fdk(parameters.window if isinstance(parameters, FDKParameters) else "ram-lak")
+        if self.scan.kind == "mri":
+            yield from self.zero_filled()
+        else:
+            yield from self.fdk(parameters.window if isinstance(parameters, FDKParameters) else "ram-lak")
         control.checkpoint()
-        if isinstance(parameters, FDKParameters):
-            control.volumes["result"] = control.volumes["fdk"]
+        if isinstance(parameters, FDKParameters | ZeroFilledParameters):
+            control.volumes["result"] = control.volumes[self.baseline]
         else:
             yield from self._reconstruct()
         yield from self._measure()
-        self.prepared.things["last"] = control.volumes["result"]  # a start for the next job
+        self.prepared.things["last"] = self._values("result")  # a start for the next job
         made_by, seconds = self.made_by()
         output = None
         if job.output is not None:
@@ -118,6 +130,11 @@ class ReconstructionRun(Run[ReconstructionJob]):
             from napari_recon.reconstruction import TV
 
             method: Any = TV(iterations=parameters.iterations, regularization=parameters.regularization)
+        elif isinstance(parameters, SENSEParameters):
+            from napari_recon.reconstruction.sense import CGSense
+
+            method = CGSense(iterations=parameters.iterations, regularization=parameters.regularization)
+            return lambda _: method.stream(self.y, self.physics)
         else:
             from napari_recon.reconstruction import SIRT
 
@@ -172,6 +189,13 @@ class ReconstructionRun(Run[ReconstructionJob]):
         header, device = self.header, self.y.device
         assert header is not None
         model = load_weights(header.path, device).model
+        complex_volumes = header.model["network"]["options"].get("channels", 1) == 2
+        if complex_volumes != (self.scan.kind == "mri"):
+            kinds = ("k-space (MRI)", "X-ray projections")
+            raise ScanError(
+                f"The weights {parameters.weights} are for {kinds[not complex_volumes]}, and {self.job.scan} holds "
+                f"{kinds[complex_volumes]}: choose others."
+            )
         self.used["weights"] = {"name": parameters.weights, "sha256": header.digest(), "card": header.card}
         options: dict[str, Any] = {}
         if isinstance(model, UnrolledPGD):
@@ -269,7 +293,7 @@ class ReconstructionRun(Run[ReconstructionJob]):
             yield Notice("The result holds NaN or infinity: choose fewer iterations or more regularisation.")
             return
         if "residual" not in self.figures or not self.complete:
-            self.figures["residual"] = relative_residual(self.physics, volume, self.y, control.checkpoint)
+            self.figures["residual"] = self._residual()
         if self.scan.truth is not None:
             from napari_recon.jobs.quality import compare_volumes, field_of_view, on_grid
             from napari_recon.jobs.volumes import read_volume
@@ -277,7 +301,8 @@ class ReconstructionRun(Run[ReconstructionJob]):
             control.checkpoint()
             try:
                 truth = on_grid(read_volume(self.scan.truth), self.grid)
-                inside = field_of_view(self.grid, self.scan.geometry.field_of_view_radius)
+                seen = math.inf if self.scan.kind == "mri" else self.scan.geometry.field_of_view_radius
+                inside = field_of_view(self.grid, seen)
                 self.figures |= compare_volumes(volume, truth, inside)
             except ScanError as error:  # the job is done; only its figure is not to be had
                 yield Notice(str(error))
@@ -285,12 +310,32 @@ class ReconstructionRun(Run[ReconstructionJob]):
     def _finish_early(self) -> Iterator[Message]:
         """Finish was pressed before the method began: what there is, is FDK."""
         self.complete = False
-        self.control.allocate("result", self.grid.shape)[...] = self.control.volumes["fdk"]
-        yield self.ready("result")
+        volumes = self.control.volumes
+        for more in ("", " phase"):
+            if self.baseline + more in volumes:
+                self.control.allocate("result" + more, self.grid.shape)[...] = volumes[self.baseline + more]
+                yield self.ready("result" + more)
+        if self.baseline in self.complex_volumes:
+            self.complex_volumes["result"] = self.complex_volumes[self.baseline]
+
+    def _values(self, name: str) -> torch.Tensor:
+        """A volume as the physics has it, (1, 1, D, H, W) or, complex, (1, 2, D, H, W); not a copy."""
+        import torch
+
+        if self.scan.kind == "mri":
+            return self.complex_volumes[name if name in self.complex_volumes else self.baseline]
+        return torch.from_numpy(self.control.volumes[name])[None, None]
+
+    def _residual(self) -> float:
+        if self.scan.kind == "mri":
+            from napari_recon.reconstruction.start import data_residual
+
+            return data_residual(self.physics.A(self._values("result").to(self.y.device)), self.y)
+        return relative_residual(self.physics, self.control.volumes["result"], self.y, self.control.checkpoint)
 
 
 def relative_residual(
-    physics: XRayTransform, volume: NDArray[np.float32], y: torch.Tensor, between: Callable[[], None] = lambda: None
+    physics: Any, volume: NDArray[np.float32], y: torch.Tensor, between: Callable[[], None] = lambda: None
 ) -> float:
     """||A x - y|| / ||y||, a few views at a time: a second set of projections may not fit.
 

@@ -27,7 +27,7 @@ from napari_recon.jobs.memory import peak_memory
 from napari_recon.jobs.messages import Finished, Message, Progress, Stage
 from napari_recon.jobs.quality import noise_level
 from napari_recon.jobs.stages import Prepared, Run, advance
-from napari_recon.scans import Geometry, Grid, open_scan
+from napari_recon.scans import Geometry, Grid
 from napari_recon.scans.errors import ScanError
 
 VALUES = tuple(10.0 ** (-2 - 0.25 * k) for k in range(11))
@@ -114,7 +114,9 @@ class RegularizationRun(Run[RegularizationJob]):
         yield Stage("reading", job.scan.name)
         self.prepared = Prepared()
         device = resolve_device(job.device)
-        scan = open_scan(job.scan, job.options)
+        self.scan = job.open_scan()
+        scan = self.projections()
+        asked = scan.options.binning
         whole = scan.default_grid(job.shape, job.voxel_size)
         self.binning = 1
         while True:
@@ -122,9 +124,7 @@ class RegularizationRun(Run[RegularizationJob]):
             if self.binning > 1:
                 d, h, w = (max(1, math.ceil(n / self.binning)) for n in whole.shape)
                 grid = Grid((d, h, w), whole.voxel_size * self.binning, whole.center)
-                scan = open_scan(
-                    job.scan, job.options.model_copy(update={"binning": job.options.binning * self.binning})
-                )
+                scan = scan.with_options(binning=asked * self.binning)
             rows, geometry = slice(0, scan.geometry.detector_shape[0]), scan.geometry
             slab = middle_slab(geometry, grid)
             if slab is not None:

@@ -25,10 +25,10 @@ if TYPE_CHECKING:  # torch is imported where a job runs, not where jobs are made
     import torch
     from deepinv.physics import LinearPhysics
 
-    from napari_recon.physics import NormalOperator, XRayTransform
+    from napari_recon.physics import NormalOperator
     from napari_recon.physics.fdk_filter import Window
     from napari_recon.reconstruction import Update
-    from napari_recon.scans import Grid, Scan
+    from napari_recon.scans import Grid, KSpaceScan, Scan
 
 Shape = tuple[int, ...]
 Point = tuple[float, float, float]
@@ -52,8 +52,9 @@ class Control:
     Attributes
     ----------
     volumes
-        The job's volumes by name, "fdk" and "result" of a reconstruction, updated in place while it runs. Where FDK
-        is the method they are one array.
+        The job's volumes by name, "fdk" (or "zero-filled") and "result" of a reconstruction, updated in place while it
+        runs; of complex ones the magnitude, and the phase by the name with " phase". Where FDK is the method they are
+        one array.
     handles
         The shared memory's names, where there are any.
     """
@@ -178,6 +179,8 @@ class Run(Generic[AnyJob]):
         self.used: dict[str, Any] = {}
         """What beside the job the result depends on, for its provenance."""
         self.complete = True
+        self.complex_volumes: dict[str, torch.Tensor] = {}
+        """Volumes (1, 2, D, H, W) of MRI, of which the control holds magnitude and phase."""
         self._began = control.clock()
 
     def messages(self) -> Iterator[Message]:
@@ -189,25 +192,42 @@ class Run(Generic[AnyJob]):
         job, prepared = self.job, self.prepared
         yield Stage("reading", job.scan.name)
         self.check()
-        from napari_recon.physics import XRayTransform
         from napari_recon.physics.devices import resolve_device
-        from napari_recon.scans import open_scan
 
         device = resolve_device(job.device)
         key = _digest(job, _state_of(job.scan), str(device))
         if prepared.key != key:
             prepared.clear()
             prepared.key = key
-        self.scan: Scan = prepared.get("scan", lambda: open_scan(job.scan, job.options))
+        self.scan: Scan | KSpaceScan = prepared.get("scan", job.open_scan)
         self.grid: Grid = self.scan.default_grid(job.shape, job.voxel_size)
         if "y" not in prepared.things or isinstance(job, OperatorJob):  # whose fit takes far more than reading did
             plan = plan_memory(job, self.scan)
             if not plan.fits:
                 raise ScanError(plan.sentence)
-        self.physics: XRayTransform = prepared.get(
-            "physics", lambda: XRayTransform.from_scan(self.scan, job.shape, job.voxel_size, device)
-        )
+        self.physics: Any = prepared.get("physics", lambda: self._physics(device))
         self.y: torch.Tensor = prepared.get("y", lambda: self.scan.measurements(device))
+
+    def _physics(self, device: torch.device) -> Any:
+        """The X-ray transform of projections, or the MRI operator of k-space."""
+        if self.scan.kind == "mri":
+            from napari_recon.physics.mri import MultiCoilMRI
+
+            return MultiCoilMRI.from_scan(self.scan, device)
+        from napari_recon.physics import XRayTransform
+
+        return XRayTransform.from_scan(self.scan, self.job.shape, self.job.voxel_size, device)
+
+    def projections(self) -> Scan:
+        """The scan, where it must hold X-ray projections."""
+        if self.scan.kind == "mri":
+            raise ScanError(f"{self.job.scan} holds k-space (MRI), and this is done with X-ray projections only.")
+        return self.scan
+
+    @property
+    def baseline(self) -> str:
+        """The volume that is always shown: what to beat."""
+        return "zero-filled" if self.scan.kind == "mri" else "fdk"
 
     def check(self) -> None:
         """Refuse what can be refused before anything is read, by a ScanError."""
@@ -238,6 +258,24 @@ class Run(Generic[AnyJob]):
         if self.complete:
             self.prepared.things[name] = self.start
 
+    def first_volume(self, shown: str | None, to_the_end: bool = False) -> Iterator[Message]:
+        """FDK of projections, the zero-filled volume of k-space: ``start``, and shown by a name where there is one."""
+        if self.scan.kind == "mri":
+            yield from self.zero_filled(shown)
+        else:
+            yield from self.fdk(shown=shown, to_the_end=to_the_end)
+
+    def zero_filled(self, shown: str | None = "zero-filled") -> Iterator[Message]:
+        """Aᵀy as ``start`` (1, 2, D, H, W), and as the volume ``shown``; kept from earlier jobs."""
+        from napari_recon.reconstruction.sense import ZeroFilled
+
+        yield Stage("zero-filled")
+        self.start = self.prepared.get("zero-filled", lambda: ZeroFilled()(self.y, self.physics))
+        if shown is not None:
+            from napari_recon.reconstruction.streaming import Update, whole
+
+            yield from self.follow(iter([Update(whole(self.start), self.start, 0, 0)]), shown, to_the_end=True)
+
     def follow(
         self,
         updates: Iterator[Update],
@@ -264,7 +302,10 @@ class Run(Generic[AnyJob]):
             while (update := advance(updates)) is not None:
                 first = name not in control.volumes
                 volume = control.volumes[name] if not first else control.allocate(name, self.grid.shape)
-                volume[update.box] = update.values[0, 0].detach().cpu().numpy()
+                if update.values.shape[1] == 2:
+                    self._take_complex(update, name)
+                else:
+                    volume[update.box] = update.values[0, 0].detach().cpu().numpy()
                 whole = volume[update.box].shape == volume.shape
                 # Of a start nothing is told but its steps; a patch's own figures are of its step, and only what holds
                 # for the volume is kept for the end.
@@ -272,6 +313,8 @@ class Run(Generic[AnyJob]):
                 self.figures |= {k: v for k, v in figures.items() if whole or k == "residual"}
                 if first:
                     yield self.ready(name)
+                    if f"{name} phase" in control.volumes:
+                        yield self.ready(f"{name} phase")
                 if update.step > 0:
                     seconds = control.clock() - begin
                     remaining = seconds / update.step * (update.total - update.step) if update.total else None
@@ -296,6 +339,19 @@ class Run(Generic[AnyJob]):
             if close is not None:
                 close()
 
+    def _take_complex(self, update: Update, name: str) -> None:
+        """Keep a box of a complex volume, and its magnitude and phase in the control's."""
+        import torch
+
+        volumes, values = self.control.volumes, update.values.detach().cpu()
+        if name not in self.complex_volumes:
+            self.complex_volumes[name] = torch.zeros((1, 2, *self.grid.shape))
+            self.control.allocate(f"{name} phase", self.grid.shape)
+        box: Any = (..., *update.box)
+        self.complex_volumes[name][box] = values
+        volumes[name][update.box] = torch.hypot(values[0, 0], values[0, 1]).numpy()
+        volumes[f"{name} phase"][update.box] = torch.atan2(values[0, 1], values[0, 0]).numpy()
+
     def load_operator(self, file: str | Path, physics: LinearPhysics | None = None) -> NormalOperator:
         """The operator of a file, or a ScanError where it belongs to another scan; the last one is kept.
 
@@ -317,8 +373,8 @@ class Run(Generic[AnyJob]):
     def ready(self, name: str) -> VolumeReady:
         """The message that a volume on the job's grid is there."""
         grid = self.grid
-        scale, handle = (grid.voxel_size,) * 3, self.control.handles.get(name, "")
-        return VolumeReady(name, grid.shape, scale, grid.translate, handle=handle)
+        handle = self.control.handles.get(name, "")
+        return VolumeReady(name, grid.shape, grid.scale, grid.translate, handle=handle)
 
     def made_by(self) -> tuple[dict[str, Any], float]:
         """How the job's volumes were made, as JSON, and the seconds that it took so far."""

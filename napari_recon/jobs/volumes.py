@@ -188,11 +188,11 @@ def _write_tiff(path: Path, data: NDArray, grid: Grid, provenance: dict[str, Any
             path,
             volume,
             imagej=True,
-            resolution=(1 / grid.voxel_size, 1 / grid.voxel_size),
-            metadata={"axes": "ZYX", "spacing": grid.voxel_size, "unit": "mm", "Info": info},
+            resolution=(1 / grid.scale[2], 1 / grid.scale[1]),
+            metadata={"axes": "ZYX", "spacing": grid.scale[0], "unit": "mm", "Info": info},
         )
         return
-    size = {f"PhysicalSize{axis}": grid.voxel_size for axis in "XYZ"}
+    size = {f"PhysicalSize{axis}": edge for axis, edge in zip("ZYX", grid.scale, strict=True)}
     units = {f"PhysicalSize{axis}Unit": "mm" for axis in "XYZ"}
     metadata = {"axes": "ZYX", **size, **units, "Description": info}
     tifffile.imwrite(path, volume, ome=True, bigtiff=True, metadata=metadata)
@@ -262,7 +262,7 @@ def _write_zarr(path: Path, data: NDArray, grid: Grid, provenance: dict[str, Any
     level = np.ascontiguousarray(data, np.float32)
     datasets = []
     for number in range(8):
-        size = grid.voxel_size * 2**number
+        size = [edge * 2**number for edge in grid.scale]
         array = root.create_array(
             str(number),
             shape=level.shape,
@@ -272,10 +272,10 @@ def _write_zarr(path: Path, data: NDArray, grid: Grid, provenance: dict[str, Any
         )
         array[:] = level
         # A coarser voxel lies in the middle of the 2 x 2 x 2 that it averages.
-        shift = (size - grid.voxel_size) / 2
+        shift = [(coarse - edge) / 2 for coarse, edge in zip(size, grid.scale, strict=True)]
         transforms = [
-            {"type": "scale", "scale": [size] * 3},
-            {"type": "translation", "translation": [t + shift for t in grid.translate]},
+            {"type": "scale", "scale": size},
+            {"type": "translation", "translation": [t + s for t, s in zip(grid.translate, shift, strict=True)]},
         ]
         datasets.append({"path": str(number), "coordinateTransformations": transforms})
         if max(level.shape) <= 128 or min(level.shape) < 2:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -172,7 +172,13 @@ def anatomy_grid(kind: str, size: int) -> Grid:
 
 
 def make_anatomy(
-    kind: str, seed: int = 0, size: int = 96, grid: Grid | None = None, energy_kev: float = 60.0, metal: bool = False
+    kind: str,
+    seed: int = 0,
+    size: int = 96,
+    grid: Grid | None = None,
+    energy_kev: float = 60.0,
+    metal: bool = False,
+    values: Mapping[str, float] | None = None,
 ) -> Anatomy:
     """A synthetic anatomy: another one for every seed, the same one on every grid and at every energy.
 
@@ -190,6 +196,8 @@ def make_anatomy(
         Energy of the photons, 40 to 80 keV.
     metal
         Add titanium implants (to head, thorax and limb).
+    values
+        Tissue -> what the volume is to hold instead of its attenuation, such as an MRI signal; 0 for those left out.
 
     Raises
     ------
@@ -203,10 +211,10 @@ def make_anatomy(
     rng = np.random.default_rng([int(seed), KINDS.index(kind)])
     # Contrasts come first and from a generator of their own: shapes must not change when a tissue is added.
     levels = np.random.default_rng([int(seed), KINDS.index(kind), 1]).random(len(TISSUES))
-    values = np.zeros(len(TISSUES))
+    painted = np.zeros(len(TISSUES))
     for level, (name, tissue) in zip(levels, TISSUES.items(), strict=True):
         low, high = attenuation(name, energy_kev)
-        values[tissue.label] = low + level * (high - low)
+        painted[tissue.label] = low + level * (high - low) if values is None else values.get(name, 0.0)
     paint = _MODELS[kind](rng, metal)
 
     volume, labels = np.empty(grid.shape, np.float32), np.empty(grid.shape, np.uint8)
@@ -215,7 +223,7 @@ def make_anatomy(
 
     def slab(start: int) -> None:
         stop = min(start + thickness, depth)
-        canvas = _Canvas(grid.crop((slice(start, stop), slice(0, height), slice(0, width))), values)
+        canvas = _Canvas(grid.crop((slice(start, stop), slice(0, height), slice(0, width))), painted)
         paint(canvas)
         volume[start:stop], labels[start:stop] = canvas.volume, canvas.labels
 

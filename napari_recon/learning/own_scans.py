@@ -25,7 +25,7 @@ from napari_recon.physics.fdk_filter import ramp
 from napari_recon.physics.xray import XRayTransform
 from napari_recon.scans.errors import ScanError
 from napari_recon.scans.grid import Grid
-from napari_recon.scans.scan import Scan, open_scan
+from napari_recon.scans.scan import Scan, ScanOptions, open_scan
 
 if TYPE_CHECKING:
     from deepinv.physics import LinearPhysics
@@ -107,7 +107,7 @@ def find_scans(folder: Path, binning: int, with_reference: bool) -> list[OwnScan
         )
     found = []
     for path in paths:
-        scan = open_scan(path, binning=binning)
+        scan = open_scan(path, ScanOptions(binning=binning))
         reference = _reference(path, scan) if with_reference else None
         if with_reference and reference is None:
             where = "reference.tif in it" if path.is_dir() else f"{path.stem}.reference.tif beside it"

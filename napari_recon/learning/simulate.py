@@ -12,7 +12,8 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -254,8 +255,7 @@ def simulate(
         raise ScanError(
             f"A {kind} phantom knows neither energies nor implants; scan one of {', '.join(anatomy.KINDS)} instead."
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ScanError(f"{folder} exists and is not an empty folder: choose another one.")
+    expect_new(folder)
     if kind in anatomy.KINDS:
         subject = _anatomy(kind, seed, size, views, polychromatic, metal)
     else:
@@ -265,13 +265,33 @@ def simulate(
     if jitter_mm or jitter_degrees:
         real = jittered(real, np.random.default_rng([seed, 1]), jitter_mm, jitter_degrees)
 
+    with new_folder(folder) as partial:
+        _write(partial, subject, real, rng, photons, read_noise, scatter)
+    return folder
+
+
+def expect_new(folder: Path) -> None:
+    """Raise a ScanError if something is in the way of a folder that is to be written."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ScanError(f"{folder} exists and is not an empty folder: choose another one.")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name when all went well and is gone when anything went wrong.
+
+    Raises
+    ------
+    ScanError
+        If it cannot be made or written.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     except OSError as error:
         raise ScanError(f"{folder} cannot be made ({error.strerror}): choose another folder.") from None
     try:
-        _write(partial, subject, real, rng, photons, read_noise, scatter)
+        yield partial
         partial.chmod(0o755)
         if folder.exists():
             folder.rmdir()
@@ -282,7 +302,6 @@ def simulate(
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return folder
 
 
 def _write(

@@ -33,7 +33,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from napari_recon.scans.errors import ScanError
 from napari_recon.scans.geometry import Geometry
@@ -45,6 +54,7 @@ if TYPE_CHECKING:
 
     from napari_recon.learning.networks import Method
     from napari_recon.learning.own_scans import OwnScan, Split
+    from napari_recon.physics.mri import MultiCoilMRI
     from napari_recon.physics.normal_operator import NormalOperator
     from napari_recon.physics.ramp_filtered import RampFiltered
     from napari_recon.physics.xray import XRayTransform
@@ -68,6 +78,11 @@ class _Frozen(BaseModel):
 class DataConfig(_Frozen):
     """What is trained on: simulated scans of synthetic objects, or of one's own volumes."""
 
+    modality: Literal["x-ray", "mri"] = Field(
+        default="x-ray",
+        title="Modality",
+        description="Cone-beam projections of anatomies, or multi-coil k-space of heads (kinds = head, or phantoms).",
+    )
     kinds: tuple[str, ...] = Field(
         default=("head", "thorax", "limb", "vessels", "shell", "foam"),
         min_length=1,
@@ -121,6 +136,20 @@ class DataConfig(_Frozen):
         title="Thickness",
         description="Range of a scan's largest line integral: objects are scaled to one in it, whatever their unit.",
     )
+    accelerations: tuple[PositiveFloat, ...] = Field(
+        default=(5, 10),
+        min_length=1,
+        title="Accelerations",
+        description="Of 'mri': a scan of every object with one of so many samples taken, for each.",
+    )
+    coils: int = Field(default=8, ge=1, le=128, title="Coils", description="Of 'mri'.")
+    signal_to_noise: float = Field(
+        default=30.0,
+        gt=0,
+        allow_inf_nan=False,
+        title="Signal to noise",
+        description="Of 'mri': mean of the object over the noise's standard deviation, as full sampling would have it.",
+    )
     contrasts: float = Field(
         default=0.5,
         ge=0,
@@ -129,6 +158,11 @@ class DataConfig(_Frozen):
         description="How many of the synthetic anatomies get any contrasts instead of their tissues', so that shapes "
         "are learned and not values.",
     )
+
+    @property
+    def samplings(self) -> tuple[float | None, ...]:
+        """How often every object is scanned, and how: views, or accelerations; None takes all views."""
+        return self.accelerations if self.modality == "mri" else self.views or (None,)
 
     @field_validator("photons", mode="before")
     @classmethod
@@ -174,10 +208,11 @@ class MethodConfig(_Frozen):
     data_steps: int = Field(
         default=4, ge=1, le=100, title="Data steps", description="Accelerated ones before each use of the network."
     )
-    start: Literal["fdk", "least-squares", "tv"] = Field(
+    start: Literal["fdk", "least-squares", "tv", "zero-filled", "sense"] = Field(
         default="tv",
         title="Start",
-        description="FDK, or some ramp-filtered steps of least squares or of total variation after it.",
+        description="FDK, or some ramp-filtered steps of least squares or of total variation after it; of 'mri' the "
+        "zero-filled volume, or CG-SENSE.",
     )
     memory: bool = Field(
         default=False,
@@ -425,7 +460,6 @@ class _Example:
     truth: Tensor
     start: Tensor
     scale: float
-    views: int
     physics: LinearPhysics  # of the data steps
     inside: NDArray[np.bool_]  # (H, W): the field of view
     voxel_size: float
@@ -461,17 +495,10 @@ def _objects(data: DataConfig, validation: ValidationConfig, seed: int, held_out
 
         return _some(find_scans(data.scans, data.binning, data.supervision == "reference"), data, validation, held_out)
     if data.folder is None:
-        from napari_recon.learning import phantoms
-
         kinds = validation.kinds if held_out and validation.kinds else data.kinds
         for kind in kinds:
-            if kind in phantoms.KINDS:
-                continue
-            from napari_recon.learning import anatomy
-
-            if kind not in anatomy.KINDS:
-                known = ", ".join((*anatomy.KINDS, *phantoms.KINDS))
-                raise ScanError(f"There is no kind of object {kind!r} to train on; there are {known}.")
+            if kind not in (known := _known_kinds(data)):
+                raise ScanError(f"There is no kind of object {kind!r} to train on; there are {', '.join(known)}.")
         first = seed * 2 * _HELD_OUT + (_HELD_OUT if held_out else 0)
         return [(kinds[i % len(kinds)], first + i) for i in range(count)]
     try:
@@ -481,6 +508,12 @@ def _objects(data: DataConfig, validation: ValidationConfig, seed: int, held_out
     if len(files) < 2:
         raise ScanError(f"{data.folder} holds {len(files)} volumes (.tif, .npy); training needs at least two.")
     return _some(files, data, validation, held_out)
+
+
+def _known_kinds(data: DataConfig) -> tuple[str, ...]:
+    from napari_recon.learning import anatomy, phantoms, simulate_mri
+
+    return simulate_mri.KINDS if data.modality == "mri" else (*anatomy.KINDS, *phantoms.KINDS)
 
 
 def _some(
@@ -564,6 +597,9 @@ class _Trainer:
         self.started = time.perf_counter()
         self.patch: int | tuple[int, ...] = min(config.optimisation.patch, config.data.size)
         self.simulated = config.data.scans is None
+        self.mri = config.data.modality == "mri"
+        if self.mri:
+            _expect_for_mri(config)
         self.splitting = not self.simulated and config.data.supervision == "splitting"
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         name = config.device
@@ -576,8 +612,12 @@ class _Trainer:
             raise ScanError(f"There are fewer training volumes than processes ({self.world}): raise data.count.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            inputs = {"inputs": 2} if config.method.name == "unrolled" and config.method.memory else {}
-            network = make_network(config.network.name, **config.network.options | inputs)
+            options = dict(config.network.options)
+            if config.method.name == "unrolled" and config.method.memory:
+                options["inputs"] = 2
+            if self.mri:
+                options["channels"] = 2
+            network = make_network(config.network.name, **options)
         method = config.method
         self.model: Method
         if method.name == "unrolled":
@@ -588,7 +628,7 @@ class _Trainer:
                 method.step,
                 method.step_size,
                 data_steps=method.data_steps,
-                nonnegative=True,
+                nonnegative=not self.mri,
                 memory=method.memory,
                 patch_size=self.patch,
                 batch=config.optimisation.batch,
@@ -637,7 +677,7 @@ class _Trainer:
     def prepare(self) -> Iterator[TrainingUpdate]:
         """Simulate or read all scans, with their starts and the gradients that patches need."""
         total = len(self.objects) + len(self.held_out)
-        every: Sequence[int | None] = self.config.data.views or (None,)
+        every = self.config.data.samplings
         for i, (thing, seed) in enumerate([*self.objects, *self.held_out]):
             place = i - len(self.objects)
             if self.splitting and place < 0:
@@ -656,26 +696,49 @@ class _Trainer:
             self.patch = self.model.patch_size = d if d == h == w else (d, h, w)
 
     def _scans(
-        self, thing: str | Path | OwnScan, seed: int, views: Sequence[int | None]
-    ) -> Iterator[tuple[Tensor | None, Tensor, XRayTransform]]:
+        self, thing: str | Path | OwnScan, seed: int, samplings: Sequence[float | None]
+    ) -> Iterator[tuple[Tensor | None, Tensor, Any]]:
         """The truth, the measurements and the physics of an object's scans, or of one's own with some of its views."""
         from napari_recon.physics.xray import XRayTransform
 
         if not isinstance(thing, str | Path):
-            for count in views:
-                yield thing.read(count, self.device)
+            for count in samplings:
+                yield thing.read(None if count is None else int(count), self.device)
             return
-        counts = [count for count in views if count is not None]
+        if self.mri:
+            yield from self._kspace(str(thing), seed, samplings)
+            return
+        counts = [int(count) for count in samplings if count is not None]
         for count, (truth, y) in zip(counts, _simulate(thing, seed, self.config.data, counts), strict=True):
             if count not in self.circles:
                 grid = Grid((self.config.data.size,) * 3, EXTENT / self.config.data.size)
                 self.circles[count] = XRayTransform(_circle(grid, count), grid, device=self.device)
             yield truth.to(self.device), y.to(self.device), self.circles[count]
 
-    def _physics_of(self, xray: XRayTransform) -> tuple[LinearPhysics, RampFiltered | None]:
+    def _kspace(
+        self, kind: str, seed: int, accelerations: Sequence[float | None]
+    ) -> Iterator[tuple[Tensor, Tensor, MultiCoilMRI]]:
+        """Scans of an object by MRI, each with coils, phase, sampling and noise of its own."""
+        import torch
+
+        from napari_recon.learning.simulate_mri import simulate_mri
+        from napari_recon.physics.mri import MultiCoilMRI
+
+        data = self.config.data
+        for number, acceleration in enumerate(accelerations):
+            made = simulate_mri(
+                kind, seed + number * 2 * _HELD_OUT, data.size, acceleration or 1.0, data.coils, data.signal_to_noise
+            )
+            truth = torch.from_numpy(np.stack([made.truth.real, made.truth.imag]))[None]
+            physics = MultiCoilMRI.from_scan(made.scan, self.device)
+            yield truth.to(self.device), made.scan.measurements(self.device), physics
+
+    def _physics_of(self, xray: Any) -> tuple[LinearPhysics, RampFiltered | None]:
         """What data steps are taken with, and what a start may need; simulated scans of as many views share them."""
         from napari_recon.physics.ramp_filtered import RampFiltered
 
+        if self.mri:
+            return xray, None
         views, method = xray.geometry.views, self.config.method
         if self.simulated and views in self.physics:
             return self.physics[views], self.ramps[views]
@@ -685,31 +748,39 @@ class _Trainer:
             self.physics[views], self.ramps[views] = physics, ramp
         return physics, ramp
 
-    def _start(self, y: Tensor, xray: XRayTransform, ramp: RampFiltered | None) -> Tensor:
+    def _start(self, y: Tensor, xray: Any, ramp: RampFiltered | None) -> Tensor:
         """What the method begins with."""
         from napari_recon.reconstruction.start import start_volume
         from napari_recon.reconstruction.tv import PreconditionedTV
 
         start = self.config.method.start
+        if self.mri:
+            return start_volume(start, y, xray)
         return start_volume("fdk", y, xray) if start == "fdk" else PreconditionedTV.of(start)(y, xray, ramp=ramp)
 
-    def _examples(self, thing: str | Path | OwnScan, seed: int, views: Sequence[int | None]) -> Iterator[_Example]:
+    def _examples(
+        self, thing: str | Path | OwnScan, seed: int, samplings: Sequence[float | None]
+    ) -> Iterator[_Example]:
         """Scans whose truth is known."""
         from napari_recon.physics.normal import fit_normal_operator
         from napari_recon.physics.ramp_filtered import RampFiltered
         from napari_recon.reconstruction.start import brightness
 
-        for truth, y, xray in self._scans(thing, seed, views):
+        for truth, y, xray in self._scans(thing, seed, samplings):
             assert truth is not None
             physics, ramp = self._physics_of(xray)
-            start, count = self._start(y, xray, ramp), xray.geometry.views
-            inside = _inside(self.config.data.size) if self.simulated else _seen(xray)
+            start = self._start(y, xray, ramp)
+            if self.mri:
+                inside = np.ones(truth.shape[-2:], bool)
+            else:
+                inside = _inside(self.config.data.size) if self.simulated else _seen(xray)
             size = xray.grid.voxel_size
-            example = _Example(truth, start, brightness(start) or 1.0, count, physics, inside, size)
+            example = _Example(truth, start, brightness(start) or 1.0, physics, inside, size)
             example.error = float((start - truth).square().mean()) / example.scale**2
             if self.config.method.name == "unrolled":
                 if self.config.method.normal == "fit":
-                    if not self.simulated or count not in self.operators:
+                    count = 0 if self.mri else xray.geometry.views
+                    if self.mri or not self.simulated or count not in self.operators:
                         self.operators[count] = fit_normal_operator(physics, seed=self.config.seed)
                     example.operator = self.operators[count]
                 measured = physics.measurement(y) if isinstance(physics, RampFiltered) else y
@@ -717,13 +788,13 @@ class _Trainer:
                 example.start_gradient = self._normal(example, None)(start - truth)
             yield example
 
-    def _splits(self, thing: OwnScan, seed: int, views: Sequence[int | None]) -> Iterator[Split]:
+    def _splits(self, thing: OwnScan, seed: int, samplings: Sequence[float | None]) -> Iterator[Split]:
         """One's own scan without each part of its views, in turn."""
         from napari_recon.learning.own_scans import Split, split_views
         from napari_recon.physics.ramp_filtered import RampFiltered
         from napari_recon.reconstruction.start import brightness
 
-        for _, y, xray in self._scans(thing, seed, views):
+        for _, y, xray in self._scans(thing, seed, samplings):
             seed_of_parts = (self.config.seed, seed, xray.geometry.views)
             for seen, left_out in split_views(xray.geometry.views, self.config.data.splits, seed_of_parts):
                 part, others = xray.subset(seen), xray.subset(left_out)
@@ -1005,15 +1076,19 @@ class _Trainer:
     def _middle(self, x: Tensor, start: Tensor, truth: Tensor | None, voxel_size: float) -> _Seen:
         """A patch in the middle of volumes (1, 1, D, H, W)."""
         at: Any = tuple(slice((n - p) // 2, (n - p) // 2 + p) for n, p in zip(x.shape[2:], self._edges(), strict=True))
-        patch, begun = (v[0, 0][at].cpu().numpy() for v in (x, start))
-        return _Seen(patch, begun, None if truth is None else truth[0, 0][at].cpu().numpy(), voxel_size)
+        patch, begun = (_magnitude(v)[at].cpu().numpy() for v in (x, start))
+        return _Seen(patch, begun, None if truth is None else _magnitude(truth)[at].cpu().numpy(), voxel_size)
 
     def _card(self, figures: dict[str, float]) -> str:
         data = self.config.data
         source = f"volumes of {data.folder.name}" if data.folder else f"synthetic objects ({', '.join(data.kinds)})"
         noise = "without noise" if data.photons is None else f"{data.photons:g} photons a pixel"
         views = f"with {', '.join(map(str, data.views))} views" if data.views else "with all views"
-        what = f"{data.count} {source} of {data.size} voxels an edge, cone beam {views}, {noise}"
+        if self.mri:
+            noise = f"signal to noise {data.signal_to_noise:g}"
+            views = f"of {data.coils} coils, accelerations {', '.join(f'{a:g}' for a in data.accelerations)}"
+        beam = "multi-coil k-space" if self.mri else "cone beam"
+        what = f"{data.count} {source} of {data.size} voxels an edge, {beam} {views}, {noise}"
         if data.scans is not None:
             how = "without references, by leaving views out" if self.splitting else "with reference volumes"
             what = f"{len(self.objects)} scans of {data.scans.name} {views}, {how}"
@@ -1171,9 +1246,26 @@ def _seen(xray: XRayTransform) -> NDArray[np.bool_]:
     return inside if inside.any() else np.ones_like(inside)
 
 
+def _expect_for_mri(config: TrainingConfig) -> None:
+    """Refuse what only X-rays have."""
+    method, data = config.method, config.data
+    if data.scans is not None or data.folder is not None:
+        raise ScanError("data.modality = 'mri' trains on simulated k-space only: leave data.scans and data.folder out.")
+    if method.start in ("fdk", "least-squares", "tv"):
+        raise ScanError(f"method.start = {method.start!r} is of X-rays: use 'zero-filled' or 'sense' for 'mri'.")
+    if method.name == "unrolled" and method.step != "gradient":
+        raise ScanError("method.step = 'ramp' is of X-rays: use 'gradient' for 'mri'.")
+
+
+def _magnitude(x: Tensor) -> Tensor:
+    """(D, H, W) of (1, 1, D, H, W), or the magnitude of the two parts of complex values."""
+    return x[0, 0] if x.shape[1] == 1 else x[0].square().sum(0).sqrt()
+
+
 def _psnr(x: Tensor, truth: Tensor, inside: NDArray[np.bool_]) -> float:
     """In dB, of values above zero, where the last two axes are ``inside``; its range is the truth's."""
     import torch
 
+    x, truth = _magnitude(x), _magnitude(truth)
     error = (x.clamp(min=0) - truth)[..., torch.from_numpy(inside).to(x.device)].square().mean()
     return 10 * math.log10(float(truth.max()) ** 2 / max(float(error), 1e-30))

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import scipy.fft
 import torch
-from deepinv.physics import LinearPhysics
+from deepinv.physics import LinearPhysics, MultiCoilMRI
 from torch import Tensor
 
 from napari_recon.scans.errors import ScanError
@@ -443,8 +443,10 @@ class NormalOperator:
             kept, wanted = json.loads(metadata.get("physics", "{}")), describe_physics(physics)
             for name, value in wanted.items():
                 if name in kept and kept[name] != value:
-                    shown = "" if name == "vectors" else f" ({kept[name]}, not {value})"
-                    label = {"vectors": "views or geometry"}.get(name, name.replace("_", " "))
+                    hashed = name in ("vectors", "sampling_mask", "coil_maps")
+                    shown = "" if hashed else f" ({kept[name]}, not {value})"
+                    named = {"vectors": "views or geometry", "coil_maps": "set of coil maps"}
+                    label = named.get(name, name.replace("_", " "))
                     raise ScanError(
                         f"The operator file {path} was fitted to another scan: its {label} differs{shown}; "
                         "fit it again for this scan."
@@ -496,6 +498,18 @@ def describe_physics(physics: LinearPhysics) -> dict[str, Any]:
             "normalized": bool(getattr(physics, "normalize", False)),
             "vectors": hashlib.sha256(np.round(geometry.vectors, 6).tobytes()).hexdigest(),
         }
+    elif isinstance(physics, MultiCoilMRI):
+        mask, maps = physics.mask[:, 0], physics.coil_maps
+        described |= {
+            "shape": [int(n) for n in mask.shape[1:]],
+            "coils": int(maps.shape[1]),
+            "sampling_mask": _digest(mask),
+            "coil_maps": _digest(torch.view_as_real(maps).mul(1e3).round().int()),
+        }
     elif getattr(physics, "img_size", None) is not None:
         described["img_size"] = [int(n) for n in physics.img_size]
     return described
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().numpy(force=True).tobytes()).hexdigest()

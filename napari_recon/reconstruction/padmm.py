@@ -15,8 +15,11 @@ and no momentum it is the preconditioned (linearised) ADMM of the textbooks, x�
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -62,6 +65,9 @@ ROUNDING = 1e-5
 FLOOR = 1e-3
 """No curvature is believed to be less than this part of the largest."""
 
+SLAB = 2**18
+"""Voxels whose split variables are worked on at a time, where that is not by fused kernels; on a GPU 64 times those."""
+
 BALANCE = 10.0
 """The adaptive ρ moves where one relative residual is so many times the other."""
 
@@ -102,6 +108,10 @@ class PADMM(StreamingReconstructor):
         by their scales as in Wohlberg 2017). 0 never does.
     adaptive
         Whether ρ is doubled or halved where one of them is ten times the other.
+    scratch
+        A folder on a disk for the split variables, where a volume is too large: nine volumes of the seventeen that an
+        iteration takes, in files without a name that go with the run. The answer is the same to the last bit; the
+        system keeps in memory what there is room for. None keeps them in memory. For the CPU.
 
     Notes
     -----
@@ -132,6 +142,7 @@ class PADMM(StreamingReconstructor):
         inner: int | None = None,
         tolerance: float = 0.0,
         adaptive: bool = False,
+        scratch: str | Path | None = None,
     ) -> None:
         super().__init__()
         if inner is not None and int(inner) < 1:
@@ -143,6 +154,11 @@ class PADMM(StreamingReconstructor):
         self.preconditioner, self.nonnegative, self.init = preconditioner, bool(nonnegative), init
         self.weights, self.inner = weights, None if inner is None else int(inner)
         self.tolerance, self.adaptive = float(tolerance), bool(adaptive)
+        self.scratch = None if scratch is None else Path(scratch)
+        if self.scratch is not None and not self.scratch.is_dir():
+            raise ScanError(
+                f"PADMM's split variables cannot be in {self.scratch}, which is no folder: create it, or name another."
+            )
 
     @torch.no_grad()
     def stream(
@@ -164,8 +180,9 @@ class PADMM(StreamingReconstructor):
             H ≈ AᵀA, which the preconditioner "operator" needs; "circulant" uses it where the physics is no X-ray's.
         settings
             Asked before every iteration for what has changed since: any of ``regularization``, ``rho``,
-            ``iterations``, ``preconditioner`` and ``init`` (a volume, or the name of a start). Changes hold from that
-            iteration on; the volume and the duals stay, but for a new ``init``.
+            ``iterations``, ``preconditioner``, ``operator`` (which another preconditioner may need) and ``init`` (a
+            volume, or the name of a start). Changes hold from that iteration on; the volume and the duals stay, but
+            for a new ``init``.
 
         Raises
         ------
@@ -183,12 +200,16 @@ class PADMM(StreamingReconstructor):
         )
         data.half_pairs += 1
         iteration, box = 0, whole(x)
-        solver = _Solver(data, sqnorm, reference, self.nonnegative, self.inner, operator)
-        solver.begin(x, choices)
+        solver = _Solver(data, sqnorm, brightness(reference), self.nonnegative, self.inner, operator, self.scratch)
+        solver.begin(x, choices, reference)
+        del x, reference  # room for a volume or two while the generator lives
         yield Update(box, solver.volume, 0, choices.iterations, solver.figures(), box)
         while True:
             if settings is not None:
-                changed = choices.changed(settings())
+                asked = settings()
+                if asked.get("operator") is not None:
+                    solver.operator = asked["operator"]
+                changed = choices.changed(asked)
                 if changed.init is not None and not _same(changed.init, start):
                     start = changed.init
                     solver.begin(start_volume(start, y, physics), changed)
@@ -313,32 +334,46 @@ class _Data:
 
 
 class _Solver:
-    """The state of a run: the volume, what its momentum needs, and the split variables."""
+    """The state of a run: the volume, what its momentum needs, and the split variables.
+
+    Volumes that live at once decide how large a problem fits: x, v, T(x − x of before), the gradient, w, e, 1/M and a
+    buffer, beside the split variables and their copy.
+    """
 
     def __init__(
         self,
         data: _Data,
         sqnorm: float,
-        reference: Tensor,
+        unit: float,
         nonnegative: bool,
         inner: int | None,
         operator: NormalOperator | None,
+        scratch: Path | None,
     ) -> None:
-        self.data, self.sqnorm, self.operator = data, sqnorm, operator
-        self.unit, self.reference = brightness(reference), reference
-        self.nonnegative, self.inner = nonnegative and not data.is_complex, inner
+        self.data, self.sqnorm, self.operator, self.unit = data, sqnorm, operator, unit
+        self.nonnegative, self.inner, self.scratch = nonnegative and not data.is_complex, inner, scratch
 
     # -- where it stands ------------------------------------------------------------------------------------------
 
-    def begin(self, x: Tensor, choices: _Choices) -> None:
-        """Start, or start over, from a volume as the physics has it."""
+    def begin(self, x: Tensor, choices: _Choices, reference: Tensor | None = None) -> None:
+        """Start, or start over, from a volume as the physics has it, which may be changed.
+
+        Parameters
+        ----------
+        x
+            The volume.
+        choices
+            The settings.
+        reference
+            What the data say at once, where it is at hand: the scale of B where x is empty.
+        """
         self.x = self.data.inside(x)
         if self.nonnegative:
-            self.x = self.x.clamp(min=0)
+            self.x.clamp_(min=0)
         self.ax = self.data.forward(self.x) if bool(self.x.any()) else torch.zeros_like(self.data.y)
         self.kind: Preconditioner | None = None
         self.primal = self.dual = 1.0
-        self._apply(choices)
+        self._apply(choices, reference)
         self._rest()
 
     def change(self, choices: _Choices) -> None:
@@ -346,7 +381,7 @@ class _Solver:
         self._apply(choices)
         self._rest()
 
-    def _apply(self, choices: _Choices) -> None:
+    def _apply(self, choices: _Choices, reference: Tensor | None = None) -> None:
         self.weight = choices.regularization * self.sqnorm * self.unit
         self.rho = choices.rho * self.sqnorm / 4
         anew = self.kind is None
@@ -354,28 +389,30 @@ class _Solver:
             self.kind = choices.preconditioner
             self.metric = _metric(self.kind, self.data, self.x, self.sqnorm, self.operator, self.nonnegative)
             if not self.metric.is_diagonal:
-                self.metric.scale = OPTIMISM * self._curvature(self.metric)
+                self.metric.scale = OPTIMISM * self._curvature(self.metric, reference)
         # x ≥ 0 is split off as v = x where M does not commute with it; where M is a diagonal, x is only clipped.
         split_off = self.nonnegative and not self.metric.is_diagonal
         if anew:
-            self.split = _Split(self.x, self.weight, self.rho, split_off)
+            self.split = _Split(self.x, self.weight, self.rho, split_off, self.scratch)
         else:
             self.split.rescale(self.weight, self.rho, self.x, split_off)
 
-    def _curvature(self, metric: _Metric) -> float:
+    def _curvature(self, metric: _Metric, reference: Tensor | None) -> float:
         """‖W^½Ax‖² / ⟨x, Bx⟩ of the volume, or of the reference where that is empty."""
         x, ax = self.x, self.ax
         if not bool(x.any()):
-            x = self.data.inside(self.reference)
+            if reference is None:
+                reference = data_volume(self.data.y, self.data.physics, self.sqnorm)
+                self.data.half_pairs += 1
+            x = self.data.inside(reference)
             ax = self.data.forward(x)
         found = self.data.square(ax) / max(metric.square(metric.forward(x)), 1e-30)
         return found if found > 0 else self.sqnorm
 
     def _rest(self) -> None:
-        """Lose the momentum."""
-        self.transformed = self.metric.forward(self.x)
-        self.ahead, self.a_ahead, self.transformed_ahead = self.x, self.ax, self.transformed
-        self.t = 1.0
+        """Lose the momentum: v = x."""
+        self.ahead, self.a_ahead = self.x, self.ax
+        self.step, self.momentum, self.t = self.x.new_zeros(()), 0.0, 1.0
 
     @property
     def volume(self) -> Tensor:
@@ -407,55 +444,57 @@ class _Solver:
         metric, split = self.metric, self.split
         gradient = self.data.gradient(self.a_ahead)
         steps = self.inner or (1 if metric.is_diagonal else INNER)
-        backup = split.copy() if not metric.is_diagonal else None
+        if not metric.is_diagonal:
+            split.save()
         while True:
             x = self._minimise(gradient, steps)
             ax = self.data.forward(x)
-            transformed = metric.forward(x)
-            moved = transformed - self.transformed_ahead
+            step = metric.forward(x - self.x, overwrite=True)
+            moved = step - self.momentum * self.step  # T(x − v)
             true, believed = self.data.square(ax - self.a_ahead), metric.square(moved)
             # Steps that rounding has spoilt tell nothing.
             told = math.isfinite(true) and believed > 0 and true > ROUNDING**2 * self.data.square(ax)
-            if backup is None or true <= 1.001 * believed or not told:
+            if metric.is_diagonal or true <= 1.001 * believed or not told:
                 break
             metric.scale *= max(GROWTH, 1.05 * true / believed)
-            split = self.split = backup.copy()
+            split.restore()
+            del x, step, moved
+        del gradient
         if steps > 1:
-            if metric.inner(moved, transformed - self.transformed) < 0:
+            if metric.inner(moved, step) < 0:
                 self.t = 1.0  # adaptive restart (O'Donoghue and Candès 2015), in the metric of B
             t_next = (1 + math.sqrt(1 + 4 * self.t**2)) / 2
-            momentum, self.t = (self.t - 1) / t_next, t_next
-            self.a_ahead = torch.add(ax, ax - self.ax, alpha=momentum)
-            self.transformed_ahead = torch.add(transformed, transformed - self.transformed, alpha=momentum)
-            self.ahead = torch.add(x, x - self.x, alpha=momentum)
+            self.momentum, self.t, self.step = (self.t - 1) / t_next, t_next, step
+            self.a_ahead = torch.add(ax, ax - self.ax, alpha=self.momentum)
+            self.ahead = torch.sub(x, self.x).mul_(self.momentum).add_(x)
         else:
-            self.ahead, self.a_ahead, self.transformed_ahead = x, ax, transformed
-        self.x, self.ax, self.transformed = x, ax, transformed
+            self.ahead, self.a_ahead = x, ax
+        self.x, self.ax = x, ax
 
     def _minimise(self, gradient: Tensor, steps: int) -> Tensor:
         """Some steps of ADMM on the majoriser about the volume ahead; from the last volume and duals."""
         metric, split, rho = self.metric, self.split, self.rho
-        w = self.x
-        curvature = metric.curvature * metric.scale
-        inverse = 1 / (curvature + rho * metric.pull)
-        # T(w − v) is carried along, so that a step costs one transform and one back.
-        e = self.transformed - self.transformed_ahead
+        inverse = metric.inverse(rho)
+        w, spare = self.x, torch.empty_like(self.x)
+        # e = T(w − v) is carried along, so that a step costs one transform and one back.
+        e = (-self.momentum * self.step).expand(self.x.shape).contiguous()
         for step in range(steps):
-            pull = split.pull(w).mul_(rho).add_(gradient)
-            change = metric.forward_dual(pull).addcmul_(curvature, e)
+            change = metric.forward_dual(split.pull(w, spare).mul_(rho).add_(gradient))
+            change.addcmul_(metric.curvature, e, value=metric.scale)
             if step == steps - 1:
                 slope = float(torch.linalg.vector_norm(change))
-            e = e - change.mul_(inverse)
-            w = metric.inverse(e).add_(self.ahead)
+            e.addcmul_(change, inverse, value=-1)
+            spare = w if step else torch.empty_like(w)  # the first w is the volume itself
+            w = metric.backward(change.copy_(e)).add_(self.ahead)
             if self.nonnegative and metric.is_diagonal:
                 w.clamp_(min=0)
-                e = w - self.ahead
+                torch.sub(w, self.ahead, out=e)
             split.update(w)
         gap, scale, dual = split.residuals(w)
         self.primal = gap / scale if scale else 0.0
-        slope += float(torch.linalg.vector_norm(e * curvature))
+        slope += metric.norm(e)
         self.dual = slope / (rho * dual) if dual else 1.0
-        return split.nonnegative_part() if split.p is not None else w
+        return w if split.p is None else torch.clamp(split.p, min=0, out=w)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -467,40 +506,87 @@ class _Split:
 
     Kept is q = z + u, after which z = (1 − t) q and u = t q with t = min(1, κ/|q|), κ = weight/ρ; likewise p = v + s,
     v = max(p, 0) and s = min(p, 0). Begins at z = ∇x with u along it, where x is not flat: what the optimum would have.
+
+    Everything here is local: differences reach a voxel. So it is done in slabs of the first axis, which read a slice
+    more on either side: exact, but for the order of sums. What is in between is so needed for a slab at a time (the
+    fused kernels have nothing in between), and with ``scratch`` q, t, p and their copy are mapped files.
     """
 
-    def __init__(self, x: Tensor, weight: float, rho: float, nonnegative: bool) -> None:
-        self.weight, self.rho, self.kappa = weight, rho, weight / rho
-        z = differences(x)
-        length = _length(z)
-        self.q = z * (1 + self.kappa / torch.where(length > 0, length, 1.0))
-        self.t = self.kappa / (length + self.kappa) if self.kappa > 0 else torch.zeros_like(length)
-        self.p = x.clone() if nonnegative else None
+    def __init__(self, x: Tensor, weight: float, rho: float, nonnegative: bool, scratch: Path | None = None) -> None:
+        self.weight, self.rho, self.kappa, self.scratch = weight, rho, weight / rho, scratch
+        self.q, self.t = self._space(x, x.ndim - 2), self._space(x.real if x.is_complex() else x)
+        for a, b in _slabs(x):
+            z = _differences(x, a, b)
+            length = _length(z)
+            self.q[:, :, :, a:b] = z * (1 + self.kappa / torch.where(length > 0, length, 1.0))
+            self.t[:, :, a:b] = self.kappa / (length + self.kappa) if self.kappa > 0 else 0.0
+        self.p = self._space(x).copy_(x) if nonnegative else None
+        self._saved: tuple[Tensor, Tensor | None] | None = None
         self._fused = x.device.type == "cpu" and x.dtype == torch.float32
 
-    def copy(self) -> _Split:
-        """One of its own."""
-        other = object.__new__(_Split)
-        other.__dict__.update(self.__dict__)
-        other.q, other.t = self.q.clone(), self.t.clone()
-        other.p = None if self.p is None else self.p.clone()
-        return other
+    def _space(self, like: Tensor, *more: int) -> Tensor:
+        """A tensor for ``more`` volumes like one."""
+        shape = (*more, *like.shape)
+        if self.scratch is None:
+            return torch.empty(shape, dtype=like.dtype, device=like.device)
+        if like.device.type != "cpu":
+            raise ScanError("PADMM's split variables can be in files on the CPU only: leave out scratch.")
+        dtype = like.new_empty(0).numpy().dtype
+        size = math.prod(shape) * dtype.itemsize
+        try:
+            with tempfile.TemporaryFile(dir=self.scratch) as file:
+                if hasattr(os, "posix_fallocate"):  # a disk that is full only later ends the process
+                    os.posix_fallocate(file.fileno(), 0, size)
+                return torch.from_numpy(np.memmap(file, dtype, "w+", shape=shape))
+        except OSError as error:
+            raise ScanError(
+                f"PADMM's split variables need {size / 1e9:.3g} GB more in {self.scratch} ({error.strerror}): name a "
+                "folder with more room."
+            ) from None
+
+    def save(self) -> None:
+        """Keep a copy for :meth:`restore`."""
+        if self._saved is None or (self._saved[1] is None) != (self.p is None):
+            self._saved = self._space(self.q[0], len(self.q)), None if self.p is None else self._space(self.p)
+        q, p = self._saved
+        q.copy_(self.q)
+        if p is not None and self.p is not None:
+            p.copy_(self.p)
+
+    def restore(self) -> None:
+        """Be as when saved."""
+        assert self._saved is not None
+        q, p = self._saved
+        self.q.copy_(q)
+        if p is not None and self.p is not None:
+            self.p.copy_(p)
+        self._scale()
+
+    def _scale(self) -> None:
+        """t, which follows from q."""
+        for a, b in _slabs(self.t):
+            self.t[:, :, a:b] = self._scaled(self.q[:, :, :, a:b])
+
+    def _scaled(self, q: Tensor) -> Tensor:
+        length = _length(q)
+        return torch.where(length > self.kappa, self.kappa / length.clamp(min=1e-30), 1.0)
 
     def rescale(self, weight: float, rho: float, x: Tensor, nonnegative: bool) -> None:
         """Another weight or ρ: z and ρu stay, but for |ρu| ≤ weight."""
         ratio, kappa = self.rho / rho, weight / rho
-        z, u = self.q * (1 - self.t), self.q * (self.t * ratio)
-        u = u * (kappa / _length(u).clamp(min=1e-30)).clamp(max=1)
-        self.q = z + u
-        length = _length(self.q)
-        self.t = torch.where(length > kappa, kappa / length.clamp(min=1e-30), 1.0).to(length.dtype)
+        self.weight, self.rho, self.kappa = weight, rho, kappa
+        for a, b in _slabs(x):
+            q, t = self.q[:, :, :, a:b], self.t[:, :, a:b]
+            z, u = q * (1 - t), q * (t * ratio)
+            q[...] = z + u * (kappa / _length(u).clamp(min=1e-30)).clamp(max=1)
+            if self.p is not None:
+                p = self.p[:, :, a:b]
+                p[...] = p.clamp(min=0) + ratio * p.clamp(max=0)
+        self._scale()
         if not nonnegative:
             self.p = None
         elif self.p is None:
-            self.p = x.clone()
-        else:
-            self.p = self.p.clamp(min=0) + ratio * self.p.clamp(max=0)
-        self.weight, self.rho, self.kappa = weight, rho, kappa
+            self.p = self._space(x).copy_(x)
 
     def update(self, w: Tensor) -> None:
         """Shrink, and move the duals."""
@@ -518,39 +604,57 @@ class _Split:
                         self.p is not None,
                     )
             return
-        z = self.q * (1 - self.t)
-        self.q = RELAXATION * differences(w) - (RELAXATION - 1) * z + self.q * self.t
-        length = _length(self.q)
-        self.t = torch.where(length > self.kappa, self.kappa / length.clamp(min=1e-30), 1.0).to(length.dtype)
-        if self.p is not None:
-            self.p = RELAXATION * w - (RELAXATION - 1) * self.p.clamp(min=0) + self.p.clamp(max=0)
+        for a, b in _slabs(w):
+            q, t = self.q[:, :, :, a:b], self.t[:, :, a:b]
+            q[...] = RELAXATION * _differences(w, a, b) - (RELAXATION - 1) * (q * (1 - t)) + q * t
+            t[...] = self._scaled(q)
+            if self.p is not None:
+                p = self.p[:, :, a:b]
+                p[...] = RELAXATION * w[:, :, a:b] - (RELAXATION - 1) * p.clamp(min=0) + p.clamp(max=0)
 
-    def pull(self, w: Tensor) -> Tensor:
-        """∇ᵀ(∇w − z + u) + (w − v + s): the gradient of the penalties, over ρ."""
+    def pull(self, w: Tensor, out: Tensor) -> Tensor:
+        """∇ᵀ(∇w − z + u) + (w − v + s), the gradient of the penalties, over ρ; in ``out``."""
         if self._fused:
-            out = torch.empty_like(w)
             for at in np.ndindex(*w.shape[:2]):
                 p = _EMPTY if self.p is None else _volume(self.p[at])
                 q, t = _volumes(self.q[(slice(None), *at)]), _volume(self.t[at])
                 with kernel_lock:
                     _pull(_volume(w[at]), q, t, p, _volume(out[at]), self.p is not None)
             return out
-        out = divergence_adjoint(differences(w) + (2 * self.t - 1) * self.q)
-        return out if self.p is None else out + w - self.p.abs()
+        for a, b in _slabs(w):
+            c, d = max(a - 1, 0), min(b + 1, w.shape[2])
+            force = _differences(w, c, d) + (2 * self.t[:, :, c:d] - 1) * self.q[:, :, :, c:d]
+            out[:, :, a:b] = divergence_adjoint(force)[:, :, a - c : b - c]
+            if self.p is not None:
+                out[:, :, a:b] += w[:, :, a:b] - self.p[:, :, a:b].abs()
+        return out
 
     def residuals(self, w: Tensor) -> tuple[float, float, float]:
         """‖∇w − z‖, the larger norm of the two, and ‖∇ᵀu + s‖."""
-        z, dw = self.q * (1 - self.t), differences(w)
-        gap, first, second = (float(torch.linalg.vector_norm(v)) for v in (dw - z, dw, z))
-        force = divergence_adjoint(self.q * self.t)
-        if self.p is not None:
-            force = force + self.p.clamp(max=0)
-        return gap, max(first, second), float(torch.linalg.vector_norm(force))
+        squares = np.zeros(4)
+        for a, b in _slabs(w):
+            c, d = max(a - 1, 0), min(b + 1, w.shape[2])
+            dw, z = _differences(w, a, b), self.q[:, :, :, a:b] * (1 - self.t[:, :, a:b])
+            force = divergence_adjoint(self.q[:, :, :, c:d] * self.t[:, :, c:d])[:, :, a - c : b - c]
+            if self.p is not None:
+                force += self.p[:, :, a:b].clamp(max=0)
+            parts = (torch.view_as_real(v) if v.is_complex() else v for v in (dw - z, dw, z, force))
+            squares += [float(torch.linalg.vector_norm(v)) ** 2 for v in parts]
+        gap, first, second, dual = np.sqrt(squares).tolist()
+        return gap, max(first, second), dual
 
-    def nonnegative_part(self) -> Tensor:
-        """v, the volume that is not negative."""
-        assert self.p is not None
-        return self.p.clamp(min=0)
+
+def _slabs(x: Tensor) -> Iterator[tuple[int, int]]:
+    """Where slabs of about SLAB voxels begin and end on the first spatial axis of (B, C, *spatial)."""
+    length = x.shape[2]
+    voxels = SLAB if x.device.type == "cpu" else 64 * SLAB
+    thickness = max(1, voxels * length // max(1, x.numel()))
+    return ((first, min(first + thickness, length)) for first in range(0, length, thickness))
+
+
+def _differences(x: Tensor, first: int, last: int) -> Tensor:
+    """differences(x)[:, :, :, first:last]."""
+    return differences(x[:, :, first : last + 1])[:, :, :, : last - first]
 
 
 _EMPTY = np.zeros((1, 1, 1), np.float32)
@@ -568,7 +672,9 @@ def _volumes(x: Tensor) -> Any:
 
 def _length(z: Tensor) -> Tensor:
     """|z| over the axes."""
-    return torch.linalg.vector_norm(z, dim=0)
+    # Not torch's norm, which takes twenty times as long along a short first axis.
+    squares = z.real.square() + z.imag.square() if z.is_complex() else z.square()
+    return squares.sum(0).sqrt()
 
 
 # Two dimensions are volumes of one slice: its differences across are 0, and q's first axis is then y.
@@ -648,47 +754,52 @@ class _Metric:
     Attributes
     ----------
     curvature
-        Over T's domain.
+        Over T's domain; an axis of length 1 where it does not vary along it.
     pull
-        What stands there for ∇ᵀ∇ + 1, or ∇ᵀ∇ where values may be negative: its eigenvalues where T is the cosine
-        transform, whose even continuation is the border without differences; those of the periodic differences, which
-        are no smaller, for a Fourier transform;
-        a number for a diagonal.
+        What stands there for ∇ᵀ∇ + 1, or ∇ᵀ∇ where values may be negative, as a sum of terms that vary along one axis:
+        its eigenvalues where T is the cosine transform, whose even continuation is the border without differences;
+        those of the periodic differences, which are no smaller, for a Fourier transform; a number for a diagonal.
     mask
         m, or None for 1.
     """
 
-    def __init__(self, curvature: Tensor, pull: Tensor, transform: str, mask: Tensor | None = None) -> None:
+    def __init__(self, curvature: Tensor, pull: list[Tensor], transform: str, mask: Tensor | None = None) -> None:
         self.transform, self.mask, self.scale = transform, mask, 1.0
         self.curvature = curvature
-        self.pull = pull if mask is None else pull / float(mask.min()) ** 2
+        self.pull = pull if mask is None else [term / float(mask.min()) ** 2 for term in pull]
         self.is_diagonal = transform == "none"
 
-    def forward(self, x: Tensor) -> Tensor:
-        """T m x."""
-        return self._transform(x if self.mask is None else self.mask * x)
+    def forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
+        """T m x; with ``overwrite`` x may be lost."""
+        return self._transform(x, overwrite) if self.mask is None else self._transform(self.mask * x, True)
 
     def forward_dual(self, g: Tensor) -> Tensor:
-        """T m⁻¹ g, for a gradient g."""
-        return self._transform(g if self.mask is None else g / self.mask)
+        """T m⁻¹ g, for a gradient g, which may be lost."""
+        return self._transform(g if self.mask is None else g.div_(self.mask), True)
 
-    def inverse(self, s: Tensor) -> Tensor:
-        """m⁻¹ T⁻¹ s."""
+    def backward(self, s: Tensor) -> Tensor:
+        """m⁻¹ T⁻¹ s; s may be lost."""
         if self.transform == "none":
-            return s.clone()
-        axes = tuple(range(2, s.ndim))
+            return s
         if self.transform == "fourier":
-            x = torch.fft.ifftn(s, dim=axes, norm="ortho")
+            x = torch.fft.ifftn(s, dim=tuple(range(2, s.ndim)), norm="ortho")
         else:
-            x = cosine_transform(s, inverse=True)
-        return x if self.mask is None else x / self.mask
+            x = cosine_transform(s, inverse=True, overwrite=True)
+        return x if self.mask is None else x.div_(self.mask)
 
-    def _transform(self, x: Tensor) -> Tensor:
+    def _transform(self, x: Tensor, overwrite: bool) -> Tensor:
         if self.transform == "none":
-            return x.clone()
+            return x if overwrite else x.clone()
         if self.transform == "fourier":
             return torch.fft.fftn(x, dim=tuple(range(2, x.ndim)), norm="ortho")
-        return cosine_transform(x)
+        return cosine_transform(x, overwrite=overwrite)
+
+    def inverse(self, rho: float) -> Tensor:
+        """M⁻¹ over T's domain."""
+        found = self.curvature * self.scale
+        for term in reversed(self.pull):  # the first axis last: a curvature of X-rays does not vary along it
+            found = found + rho * term
+        return found.reciprocal_()
 
     def square(self, s: Tensor) -> float:
         """⟨x, Bx⟩ of T m x."""
@@ -696,16 +807,32 @@ class _Metric:
 
     def inner(self, s: Tensor, r: Tensor) -> float:
         """⟨x, By⟩ of T m x and T m y."""
-        return self.scale * float(torch.vdot((self.curvature * s).flatten(), r.flatten()).real)
+        parts = ((self._curved(s, a, b), r[:, :, a:b]) for a, b in _slabs(s))
+        return self.scale * sum(float(torch.vdot(f.flatten(), g.flatten()).real) for f, g in parts)
+
+    def norm(self, s: Tensor) -> float:
+        """‖m⁻¹Bx‖ of T m x, but for m."""
+        return self.scale * math.hypot(*(float(torch.linalg.vector_norm(self._curved(s, a, b))) for a, b in _slabs(s)))
+
+    def _curved(self, s: Tensor, first: int, last: int) -> Tensor:
+        """Multiply a slab of s by the curvature."""
+        curvature, axes = self.curvature, s.ndim - 2
+        if curvature.ndim >= axes and curvature.shape[-axes] > 1:
+            curvature = curvature.narrow(-axes, first, last - first)
+        return s[:, :, first:last] * curvature
 
 
-def cosine_transform(x: Tensor, inverse: bool = False) -> Tensor:
-    """The orthonormal cosine transform (DCT-II) over the spatial axes of (B, C, *spatial), or its inverse."""
+def cosine_transform(x: Tensor, inverse: bool = False, overwrite: bool = False) -> Tensor:
+    """The orthonormal cosine transform (DCT-II) over the spatial axes of (B, C, *spatial), or its inverse.
+
+    With ``overwrite`` it is made in place of x where that saves memory.
+    """
     if x.device.type != "cpu":
         return cosine_by_fourier(x, inverse)
     transform = scipy.fft.idctn if inverse else scipy.fft.dctn
     axes = tuple(range(2, x.ndim))
-    return torch.from_numpy(transform(x.numpy(), axes=axes, norm="ortho", workers=torch.get_num_threads()))
+    workers = torch.get_num_threads()
+    return torch.from_numpy(transform(x.numpy(), axes=axes, norm="ortho", overwrite_x=overwrite, workers=workers))
 
 
 def cosine_by_fourier(x: Tensor, inverse: bool = False) -> Tensor:
@@ -739,13 +866,14 @@ def _metric(
         pull = torch.full((), 4.0 * len(axes), dtype=real, device=x.device)  # ‖∇‖²
         if kind == "scalar":
             largest = 1.0 if data.weights is None else float(data.weights.max())
-            return _Metric(torch.full_like(pull, largest * sqnorm), pull, "none")
-        return _Metric(_row_sums(data, x, sqnorm), pull, "none")
+            return _Metric(torch.full_like(pull, largest * sqnorm), [pull], "none")
+        return _Metric(_row_sums(data, x, sqnorm), [pull], "none")
     if kind == "operator" and operator is None:
         raise ScanError("The preconditioner 'operator' needs a fitted normal operator: fit one, or use 'circulant'.")
     transform = "fourier" if data.is_complex else "cosine"
     frequencies = [_frequencies(n, transform).to(x.device, real) for n in x.shape[2:]]
-    pull = float(nonnegative) + torch.stack([2 - 2 * torch.cos(2 * math.pi * f) for f in _grid(frequencies)]).sum(0)
+    pulls = [2 - 2 * torch.cos(2 * math.pi * f) for f in _along_axes(frequencies)]
+    pulls[-1] = pulls[-1] + float(nonnegative)
     xray = is_xray(data.physics)
     mask = None
     if xray:
@@ -759,7 +887,7 @@ def _metric(
         fitted = _spectrum_of(operator.to(x.device), frequencies)
         if xray:  # a fit is right on average, and has holes that the envelope fills
             fitted = _largest_over_directions(fitted)
-            scale = float((fitted * curvature).sum() / curvature.square().sum())
+            scale = float((fitted * curvature).mean() / curvature.square().mean())
             fitted = torch.maximum(fitted, scale * curvature)
         curvature = fitted
         if kind == "operator":
@@ -767,8 +895,7 @@ def _metric(
             mask = (mask / mask.max()).clamp(min=0.5)
     elif not xray:
         curvature = _estimated_spectrum(data, x, transform)
-    curvature = curvature.clamp(min=FLOOR * float(curvature.max())).expand(x.shape[2:])
-    return _Metric(curvature.contiguous(), pull, transform, mask)
+    return _Metric(curvature.clamp(min=FLOOR * float(curvature.max())), pulls, transform, mask)
 
 
 def _row_sums(data: _Data, x: Tensor, sqnorm: float) -> Tensor:
@@ -797,9 +924,9 @@ def _frequencies(n: int, transform: str) -> Tensor:
     return torch.fft.fftfreq(n) if transform == "fourier" else torch.arange(n) / (2 * n)
 
 
-def _grid(frequencies: list[Tensor]) -> list[Tensor]:
-    """Frequencies of every axis, each on the whole grid."""
-    return list(torch.meshgrid(*frequencies, indexing="ij"))
+def _along_axes(values: list[Tensor]) -> list[Tensor]:
+    """Values of every axis, to be broadcast over the whole grid."""
+    return [v.reshape(-1, *[1] * (len(values) - 1 - axis)) for axis, v in enumerate(values)]
 
 
 def _xray_spectrum(physics: LinearPhysics, frequencies: list[Tensor]) -> Tensor:
@@ -807,21 +934,22 @@ def _xray_spectrum(physics: LinearPhysics, frequencies: list[Tensor]) -> Tensor:
 
     Below ω_c the views overlap, and AᵀA is 1/ω. Above it every view has a slab of frequencies for itself, and AᵀA is as
     large there as at ω_c; since rays of a cone or a fan turn with position, no direction can be told apart from others.
+    The first of the three axes, along which it does not vary, has length 1.
     """
     xray = as_xray_transform(physics)
     h = xray.grid.voxel_size
-    _, fy, fx = _grid([f.double() / h for f in frequencies])
+    _, fy, fx = _along_axes([f.double() / h for f in frequencies])
     omega = torch.hypot(fy, fx).clamp(min=1 / (4 * h * max(xray.grid.shape[1:])))
     omega_c = xray.geometry.views / (math.pi * max(xray.grid.extent[1:]))
     found = (1 + omega / omega_c) / omega
-    return (found / found.max()).to(frequencies[0].dtype)
+    return (found / found.max()).to(frequencies[0].dtype)[None]
 
 
 def _estimated_spectrum(data: _Data, x: Tensor, transform: str) -> Tensor:
     """That of AᵀWA from its product with noise, the largest among neighbouring frequencies' means."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1
-    probe = _Metric(torch.ones(()), torch.zeros(()), transform)
+    probe = _Metric(torch.ones(()), [], transform)
     first = probe.forward(noise)
     second = probe.forward(data.adjoint(data.weighted(data.forward(noise))))
     axes = x.ndim - 2

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from deepinv.optim.linear import conjugate_gradient
 from deepinv.physics import LinearPhysics, Physics
+from deepinv.utils.mixins import MRIMixin
 from torch import Tensor
 
 from napari_recon.scans.errors import ScanError
@@ -23,8 +24,9 @@ def start_volume(start: Start | None, y: Tensor, physics: LinearPhysics) -> Tens
     start
         "fdk" (or None) is FDK for X-rays; for any other physics ten conjugate-gradient steps on the normal equations,
         few enough to leave the noise out. "tv" and "least-squares": that, and then some ramp-filtered steps with or
-        without total variation (:class:`napari_recon.reconstruction.tv.PreconditionedTV`). "zeros"; a volume; or a
-        function of (y, physics).
+        without total variation (:class:`napari_recon.reconstruction.tv.PreconditionedTV`). "zero-filled": Aᵀy / ‖A‖².
+        "sense": CG-SENSE (:class:`napari_recon.reconstruction.sense.CGSense`).
+        "zeros"; a volume; or a function of (y, physics).
     """
     if isinstance(start, Tensor):
         return start.detach().clone()
@@ -32,14 +34,20 @@ def start_volume(start: Start | None, y: Tensor, physics: LinearPhysics) -> Tens
         return start(y, physics).detach().clone()
     if start == "zeros":
         return torch.zeros_like(physics.A_adjoint(y))
+    if start == "zero-filled":
+        return physics.A_adjoint(y) / operator_sqnorm(physics)
+    if start == "sense":
+        from napari_recon.reconstruction.sense import CGSense
+
+        return CGSense()(y, physics)
     if start in ("tv", "least-squares"):
         from napari_recon.reconstruction.tv import PreconditionedTV
 
         return PreconditionedTV.of(start)(y, physics)
     if start not in (None, "fdk"):
         raise ScanError(
-            f"The start {start!r} is unknown: use 'fdk', 'tv', 'least-squares', 'zeros', a volume, or a function of "
-            "(y, physics)."
+            f"The start {start!r} is unknown: use 'fdk', 'zero-filled', 'sense', 'tv', 'least-squares', 'zeros', a "
+            "volume, or a function of (y, physics)."
         )
     if is_xray(physics):
         from napari_recon.reconstruction.fdk import FDK
@@ -61,6 +69,11 @@ def is_xray(physics: Physics) -> bool:
     from napari_recon.physics.xray import XRayTransform
 
     return isinstance(physics, XRayTransform) or hasattr(physics, "projection_geometry")
+
+
+def is_mri(physics: Physics) -> bool:
+    """Whether volumes are complex, as two channels: our MultiCoilMRI or one of deepinv's."""
+    return isinstance(physics, MRIMixin)
 
 
 def data_residual(ax: Tensor, y: Tensor) -> float:
@@ -96,7 +109,11 @@ def operator_sqnorm(physics: LinearPhysics, img_size: tuple[int, ...] | None = N
 
 
 def brightness(x: Tensor) -> float:
-    """The 99.9th percentile of a volume's magnitude (of at most about a million of its voxels)."""
-    values = x.detach().flatten().abs()
+    """The 99.9th percentile of a volume's magnitude (of at most about a million of its voxels).
+
+    Two channels (B, 2, *spatial) are the parts of a complex volume, and have one magnitude.
+    """
+    x = x.detach()
+    values = (torch.linalg.vector_norm(x, dim=1) if x.ndim > 3 and x.shape[1] == 2 else x.abs()).flatten()
     values = values[:: max(1, values.numel() // 1_000_000)]
     return float(torch.quantile(values.float(), 0.999))

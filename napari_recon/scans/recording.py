@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -187,3 +187,68 @@ def _mean(frames: Frames) -> NDArray[np.float32]:
     for _, piece in frames.chunks():
         total += piece.sum(axis=0, dtype=np.float64)
     return (total / len(frames)).astype(np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class KSpaceRecording:
+    """Multi-coil k-space as its file describes it, before any correction. What is read is read by functions.
+
+    Attributes
+    ----------
+    format
+        The format's name, for people.
+    name
+        The scan's name.
+    source
+        The file, for messages.
+    shape
+        (coils, D, H, W) of the samples in the file: z, y, x, or slices for z.
+    read
+        Gives the samples: (coils, D, H, W), complex, the centre of k-space in the middle (index n // 2), zero where
+        nothing was measured.
+    voxel_size
+        (z, y, x) in mm; None where the file does not say.
+    slices
+        Whether D counts slices that were measured each by itself, rather than an encoded direction.
+    readout
+        The axis of (D, H, W) along which every line is measured in one go, or None.
+    kept
+        Readout samples that are left when the oversampling is removed; None for no oversampling.
+    read_mask
+        Gives which sites were measured, (D, H, W) or what broadcasts to it, without reading all the samples; None
+        where it has to be found from them.
+    read_noise
+        Gives a noise scan, (coils, samples), complex.
+    read_coil_maps
+        Gives coil sensitivity maps, (coils, D, H, W), complex, of the image without oversampling.
+    truth
+        The true volume, where it is known.
+    notes
+        What the file says, and what had to be assumed, for people.
+    """
+
+    format: str
+    name: str
+    source: Path
+    shape: tuple[int, int, int, int]
+    read: Callable[[], NDArray[Any]]
+    voxel_size: tuple[float, float, float] | None = None
+    slices: bool = False
+    readout: int | None = 2
+    kept: int | None = None
+    read_mask: Callable[[], NDArray[np.bool_]] | None = None
+    read_noise: Callable[[], NDArray[Any]] | None = None
+    read_coil_maps: Callable[[], NDArray[Any]] | None = None
+    truth: Path | None = None
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if min(self.shape) < 1:
+            raise ScanError(f"{self.source} holds no samples (its shape is {self.shape}).")
+        if self.voxel_size is not None and not all(np.isfinite(v) and v > 0 for v in self.voxel_size):
+            raise ScanError(f"{self.source}: the voxel size {self.voxel_size} must be positive numbers of millimetres.")
+        if self.kept is not None and (self.readout is None or not 0 < self.kept <= self.shape[1 + self.readout]):
+            raise ScanError(
+                f"{self.source}: {self.kept} readout samples cannot be kept of {self.shape[1:]}: correct the "
+                "oversampling."
+            )

@@ -6,17 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from napari_recon.scans.corrections import FlatField, air_level, bin_line_integrals
 from napari_recon.scans.errors import ScanError
 from napari_recon.scans.geometry import Geometry
 from napari_recon.scans.grid import Grid
-from napari_recon.scans.recording import Frames, Recording
+from napari_recon.scans.kspace import KSpaceOptions, KSpaceScan
+from napari_recon.scans.options import changed
+from napari_recon.scans.recording import Frames, KSpaceRecording, Recording
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +61,8 @@ class Scan:
     options
         The corrections and the subsampling.
     """
+
+    kind: ClassVar[Literal["x-ray"]] = "x-ray"
 
     path: Path
     recording: Recording
@@ -145,7 +149,7 @@ class Scan:
         ScanError
             If an option is unknown or out of range.
         """
-        return Scan(self.path, self.recording, _options(self.options, changes))
+        return Scan(self.path, self.recording, changed(self.options, changes))
 
     def default_grid(self, shape: tuple[int, int, int] | None = None, voxel_size: float | None = None) -> Grid:
         """A grid for the volume: what the file suggests, else what the scan sees with voxels of its resolution.
@@ -295,41 +299,42 @@ class Scan:
         return f"Scan({self.name!r}, {self.format}, {views} views of {rows} x {columns}, {self.geometry!r})"
 
 
-def open_scan(path: str | Path, options: ScanOptions | None = None, **changes: Any) -> Scan:
-    """Open a scan of any format that is understood; no frames are read.
+@overload
+def open_scan(path: str | Path, options: ScanOptions, **changes: Any) -> Scan: ...
+@overload
+def open_scan(path: str | Path, options: KSpaceOptions, **changes: Any) -> KSpaceScan: ...
+@overload
+def open_scan(path: str | Path, options: None = None, **changes: Any) -> Scan | KSpaceScan: ...
+def open_scan(
+    path: str | Path, options: ScanOptions | KSpaceOptions | None = None, **changes: Any
+) -> Scan | KSpaceScan:
+    """Open a scan of any format that is understood; no frames or samples are read.
+
+    The file says whether it holds projections or k-space; ``kind`` of what comes back is "x-ray" or "mri".
 
     Parameters
     ----------
     path
-        A Walnut folder, a folder with ``scan.toml`` (or that file), a DXchange or NXtomo HDF5 file, or a Helsinki
-        ``.mat`` file.
+        Projections: a Walnut folder, a folder with ``scan.toml`` (or that file), a DXchange or NXtomo HDF5 file, or a
+        Helsinki ``.mat`` file. K-space: a fastMRI or ISMRMRD HDF5 file, a BART ``.cfl``, or a ``.npy`` with a sidecar.
     options
-        Corrections and subsampling.
+        Corrections and subsampling. Given ones also say what kind of scan is expected.
     **changes
-        Single options, as ``views=30``.
+        Single options, as ``views=30`` or ``acceleration=5``.
 
     Raises
     ------
     ScanError
-        If the path is missing, its format is unknown, or something in it is wrong.
+        If the path is missing, its format is unknown, something in it is wrong, or it is not of the options' kind.
     """
     from napari_recon.scans.formats import read
 
-    chosen = _options(options or ScanOptions(), changes)
     path = Path(path).expanduser()
-    return Scan(path, read(path), chosen)
-
-
-def _options(options: ScanOptions, changes: dict[str, Any]) -> ScanOptions:
-    if not changes:
-        return options
-    try:
-        return ScanOptions(**{**options.model_dump(), **changes})
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0])
-        if first["type"] == "extra_forbidden":
-            raise ScanError(
-                f"There is no scan option {name!r}; there are {', '.join(ScanOptions.model_fields)}."
-            ) from None
-        raise ScanError(f"The scan option {name} = {first['input']!r} will not do: {first['msg']}.") from None
+    recording = read(path)
+    if isinstance(recording, KSpaceRecording):
+        if isinstance(options, ScanOptions):
+            raise ScanError(f"{path} holds k-space (MRI), not X-ray projections, which are asked for here.")
+        return KSpaceScan(path, recording, changed(options or KSpaceOptions(), changes))
+    if isinstance(options, KSpaceOptions):
+        raise ScanError(f"{path} holds X-ray projections, not k-space (MRI), which is asked for here.")
+    return Scan(path, recording, changed(options or ScanOptions(), changes))

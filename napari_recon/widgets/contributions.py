@@ -1,4 +1,4 @@
-"""What the manifest names besides the docks: sample scans, and a reader that shows a scan's projections."""
+"""What the manifest names besides the docks: sample scans, and a reader that shows a scan's projections or k-space."""
 
 from __future__ import annotations
 
@@ -14,10 +14,16 @@ SYNTHETIC: dict[str, tuple[str, dict[str, Any]]] = {
     "few-view-walnut": ("Textured walnut, 10 views", {"kind": "textured-walnut", "size": 96, "views": 10}),
     "synthetic-head": ("Synthetic head", {"kind": "head", "size": 64, "views": 60}),
     "synthetic-thorax": ("Synthetic thorax", {"kind": "thorax", "size": 64, "views": 60}),
+    "mri-head-5": ("Synthetic head, MRI, 5 times undersampled", {"kind": "mri-head", "size": 64, "acceleration": 5.0}),
+    "mri-head-10": (
+        "Synthetic head, MRI, 10 times undersampled",
+        {"kind": "mri-head", "size": 64, "acceleration": 10.0},
+    ),
 }
 """The samples that are simulated when they are first opened: name -> title, and what is simulated.
 
-The first is a scan as the shipped network was trained for, of an object that it was not trained on.
+Kinds that begin with "mri-" are k-space. The first is a scan as the shipped network was trained for, of an object that
+it was not trained on.
 """
 
 SAMPLES = {"walnut-like": "Walnut-like cone-beam scan (60 views)", **{name: t for name, (t, _) in SYNTHETIC.items()}}
@@ -34,15 +40,21 @@ def sample_path(name: str) -> Path:
 
     from napari_recon import __version__
     from napari_recon.learning.simulate import simulate
+    from napari_recon.learning.simulate_mri import write_mri
 
     folder = platformdirs.user_cache_path("napari-recon") / "samples" / __version__ / name
+    recipe = dict(SYNTHETIC[name][1])
+    mri = recipe["kind"].startswith("mri-")
     if not folder.is_dir():
         try:
-            simulate(folder=folder, **SYNTHETIC[name][1])
+            if mri:
+                write_mri(recipe.pop("kind").removeprefix("mri-"), folder, **recipe)
+            else:
+                simulate(folder=folder, **recipe)
         except ScanError:
             if not folder.is_dir():  # or another viewer has just made it
                 raise
-    return folder
+    return folder / "kspace.npy" if mri else folder
 
 
 def walnut_like() -> list[LayerData]:
@@ -65,6 +77,16 @@ def synthetic_thorax() -> list[LayerData]:
     return _projections(sample_path("synthetic-thorax"))
 
 
+def mri_head_5() -> list[LayerData]:
+    """K-space of a synthetic head, 8 coils, one of 5 samples taken, for File > Open Sample."""
+    return _projections(sample_path("mri-head-5"))
+
+
+def mri_head_10() -> list[LayerData]:
+    """The same with one of 10 samples taken."""
+    return _projections(sample_path("mri-head-10"))
+
+
 def get_reader(path: str | Sequence[str]) -> Callable[[Any], list[LayerData]] | None:
     """A reader for what :func:`napari_recon.open_scan` understands, or None for everything else.
 
@@ -83,7 +105,10 @@ def get_reader(path: str | Sequence[str]) -> Callable[[Any], list[LayerData]] | 
 
 def _projections(path: Path) -> list[LayerData]:
     from napari_recon.scans import open_scan
-    from napari_recon.widgets.layers import projections
+    from napari_recon.widgets.layers import kspace, projections
 
-    array, arguments = projections(open_scan(path))
+    scan = open_scan(path)
+    if scan.kind == "mri":
+        return [(each.pop("data"), each, "image") for each in kspace(scan)]
+    array, arguments = projections(scan)
     return [(array, arguments, "image")]

@@ -25,7 +25,19 @@ THIN = 8
 """Slices below which a volume is shown in 2D whatever was asked for."""
 LAYER = "layer: "
 """How a start that is a layer of the viewer begins; its name follows."""
-METHOD_NAMES = {"fdk": "FDK", "sirt": "SIRT", "tv": "TV", "padmm": "PADMM", "unrolled": "Unrolled network"}
+METHOD_NAMES = {
+    "fdk": "FDK",
+    "zero-filled": "Zero-filled",
+    "sense": "CG-SENSE",
+    "sirt": "SIRT",
+    "tv": "TV",
+    "padmm": "PADMM",
+    "unrolled": "Unrolled network",
+}
+BASELINES = ("fdk", "zero-filled")
+"""What a job shows first, of X-rays and of k-space: what is to be beaten."""
+PHASE = " phase"
+"""How the phase of a complex volume is called after it."""
 
 
 class Display:
@@ -142,7 +154,10 @@ class Display:
 
 
 class ReconstructionDisplay(Display):
-    """FDK, a computed start, and the result side by side, and an outline around the patch that is worked on."""
+    """FDK, a computed start, and the result side by side, and an outline around the patch that is worked on.
+
+    Complex volumes are shown by their magnitude; their phases are layers that wait to be made visible.
+    """
 
     job: ReconstructionJob
 
@@ -150,7 +165,7 @@ class ReconstructionDisplay(Display):
         super().__init__(viewer, job, view, frame)
         self.outline: shown.PatchOutline | None = None
         self._iterates: tuple[VolumeReady, NDArray[np.float32]] | None = None
-        self._kept, self._every = 0, 1
+        self._kept, self._every, self._behind = 0, 1, False
 
     @property
     def watched(self) -> Image | None:
@@ -159,15 +174,19 @@ class ReconstructionDisplay(Display):
 
     def show(self, message: VolumeReady, array: NDArray[np.float32]) -> None:
         """FDK is kept from an earlier run where it is the same; the result takes over its colours."""
-        if message.name == "iterates":  # shown at the end: a further axis is in the way while the result is watched
+        if message.name == "iterates":
             self._iterates = message, array
             return
-        parameters = self.job.parameters
-        cells = (1, 1) if parameters.method == "fdk" else (1, 2)
-        if isinstance(parameters, PADMMParameters) and parameters.start_is_computed:
+        if message.name.endswith(PHASE):
+            self._show_phase(message, array)
+            return
+        parameters, baseline = self.job.parameters, message.name in BASELINES
+        mri = BASELINES[1] in (message.name, *self.layers)
+        cells = (1, 1) if parameters.method in BASELINES else (1, 2)
+        if isinstance(parameters, PADMMParameters) and parameters.start_is_computed and not mri:
             cells = (1, 3)
-        layer = self._same_fdk(array) if message.name == "fdk" else None
-        if message.name == "fdk":
+        layer = self._same_fdk(array) if baseline else None
+        if baseline:
             volumetric = self.view != "slices" and min(array.shape) >= THIN
             self._begin([layer] if layer else [], cells, 3 if volumetric else 2)
         told = self._told(message.name, "volume")
@@ -176,13 +195,16 @@ class ReconstructionDisplay(Display):
             shown.cut_open(layer, self.view == "cut")
             self.layers[message.name] = layer
         else:
-            name = {"fdk": "FDK", "start": start_name(self.job)}.get(message.name, method_name(self.job))
+            name = start_name(self.job) if message.name == "start" else METHOD_NAMES.get(message.name)
+            name = method_name(self.job) if name is None else name
             layer = shown.volume_layer(name, array, message.scale, message.translate, told)
+            if mri:
+                layer.colormap = "gray"
             self._colour(layer)
             shown.cut_open(layer, self.view == "cut")
             self._add(message.name, layer)
         self.live[message.name] = shown.LiveVolume(self.viewer, layer)
-        shown.link([live.layer for live in self.live.values()])
+        shown.link([live.layer for name, live in self.live.items() if not name.endswith(PHASE)])
         frame = (message.shape, message.scale, message.translate, self.view, cells)
         if frame != self.frame:  # else the camera stays where the person has put it
             self.frame = frame
@@ -190,6 +212,18 @@ class ReconstructionDisplay(Display):
             shown.look_at(self.viewer, [layer], cells, fill=1.15 if self.viewer.dims.ndisplay == 3 else 0.96)
         if message.name == "result":
             self.outline = shown.PatchOutline(self.viewer, layer)
+
+    def _show_phase(self, message: VolumeReady, array: NDArray[np.float32]) -> None:
+        """A phase in cyclic colours, not visible, under its magnitude."""
+        of = self.layers[message.name.removesuffix(PHASE)]
+        told = self._told(message.name, "phase")
+        layer = shown.volume_layer(of.name + PHASE, array, message.scale, message.translate, told)
+        layer.colormap, layer.rendering = "hsv", "mip"
+        layer.contrast_limits_range = layer.contrast_limits = (-np.pi, np.pi)
+        layer.visible = False
+        self._add(message.name, layer, before=of)
+        self.viewer.layers.selection.active = of
+        self.live[message.name] = shown.LiveVolume(self.viewer, layer)
 
     def draw(self, progress: Progress | None) -> None:
         """Bring changed boxes and the outline onto the screen."""
@@ -200,41 +234,70 @@ class ReconstructionDisplay(Display):
                 s.stop - s.start < n for s, n in zip(box, result.layer.data.shape, strict=True)
             )
             self.outline.show(box if part else None)
+        iterates = self.layers.get("iterates")
+        if result is None or result.may_draw or iterates is None or not iterates.visible:
+            self._show_iterates()
         super().draw(progress)
 
     def progressed(self, message: Progress) -> None:
         """Note which part is new, or that an iterate was kept."""
         if message.name == "iterates":
-            self._kept = message.box[0].stop
+            self._kept, self._behind = message.box[0].stop, True
             self._every = max(1, message.step // max(1, self._kept - 1))
         super().progressed(message)
+        if (phase := self.live.get(message.name + PHASE)) is not None:
+            phase.changed(message.box)
 
-    def end(self, message: Finished | Failed) -> None:
-        """The iterates that were kept take the result's place, the last one first."""
+    def _show_iterates(self) -> None:
+        """Bring the layer of the iterates up to what was kept.
+
+        It is hidden while the run goes on, unless the person shows it: the result is what is watched, and a further
+        axis is in its way. Who looks at the last iterate goes on to the next.
+        """
         result = self.layers.get("result")
-        if self._iterates is not None and self._kept > 1 and isinstance(result, Image):
-            ready, array = self._iterates
+        if not self._behind or self._iterates is None or self._kept < 2 or not isinstance(result, Image):
+            return
+        self._behind = False
+        ready, array = self._iterates
+        scale, data = (float(self._every), *ready.scale[1:]), array[: self._kept]
+        base = method_name(self.job) if result.name.endswith("iterates") else result.name
+        name = f"{base} iterates" + (f", every {self._every}" if self._every > 1 else "")
+        layer = self.layers.get("iterates")
+        at_last = layer is None or self._iterate_shown(layer) >= len(layer.data) - 1
+        if isinstance(layer, Image):
+            layer.data, layer.scale, layer.name = data, scale, name
+            layer.metadata[shown.KEY]["every"] = self._every
+        else:
             told = self._told("iterates", "iterates") | {"every": self._every}
-            scale = (float(self._every), *ready.scale[1:])
-            name = f"{result.name} iterates" + (f", every {self._every}" if self._every > 1 else "")
-            layer = shown.volume_layer(name, array[: self._kept], scale, ready.translate, told, ready.axis_labels)
+            layer = shown.volume_layer(name, data, scale, ready.translate, told, ready.axis_labels)
             for attribute in shown.LINKED:
                 setattr(layer, attribute, getattr(result, attribute))
             layer.experimental_clipping_planes = result.experimental_clipping_planes
-            visible, result.visible = result.visible, False
-            layer.visible = visible
+            layer.visible = False
             self._add("iterates", layer)
+        more = self.viewer.dims.ndim - 4
+        if at_last and more >= 0:
+            self.viewer.dims.set_point(more, (self._kept - 1) * scale[0])
+
+    def _iterate_shown(self, layer: Layer) -> int:
+        return round(float(layer.world_to_data(self.viewer.dims.point)[0]))
+
+    def end(self, message: Finished | Failed) -> None:
+        """The iterates that were kept take the result's place, the last one first."""
+        self._show_iterates()
+        result, layer = self.layers.get("result"), self.layers.get("iterates")
+        if layer is not None and result is not None:
+            result.visible, layer.visible = False, result.visible or layer.visible
             if isinstance(message, Finished):
                 layer.metadata[shown.KEY] |= {"provenance": message.provenance, "figures": message.figures}
-            more = self.viewer.dims.ndim - 4
-            if more >= 0:
-                self.viewer.dims.set_point(more, (self._kept - 1) * scale[0])
         super().end(message)
 
     def forget(self, layer: Layer) -> None:
-        """The outline goes with the result."""
+        """The outline goes with the result; iterates that were deleted do not come back."""
         if self.watched is layer:
             self._close_outline()
+        if self.layers.get("iterates") is layer:
+            self._iterates = None
         super().forget(layer)
 
     def close(self) -> None:
@@ -252,7 +315,7 @@ class ReconstructionDisplay(Display):
         mine = _fdk_identity(self.job.model_dump(mode="json"))
         for layer in self.viewer.layers:
             told = told_by(layer)
-            if told.get("volume") == "fdk" and _fdk_identity(told["job"]) == mine:
+            if told.get("volume") in BASELINES and _fdk_identity(told["job"]) == mine:
                 few = (slice(None, None, 7),) * 3  # the file may have changed; a sample tells
                 if layer.data.shape == array.shape and (layer.data[few] == array[few]).all():
                     return layer
@@ -260,7 +323,7 @@ class ReconstructionDisplay(Display):
 
     def _colour(self, layer: Image) -> None:
         """The contrast and colours of this run's FDK; FDK's own are set from its values, once."""
-        first = self.live.get("fdk")
+        first = next((self.live[name] for name in BASELINES if name in self.live), None)
         if first is not None:
             for name in shown.LINKED:
                 setattr(layer, name, getattr(first.layer, name))

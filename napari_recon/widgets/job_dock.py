@@ -131,15 +131,19 @@ class JobDock(Scrolled):
         scan = self.session.scan
         if scan is None:
             return
-        text = f"<b>{scan.name}</b>, {scan.geometry.views} views"
-        if scan.options.binning > 1:
-            text += f", binned {scan.options.binning} × {scan.options.binning}"
+        if scan.kind == "mri":
+            text = f"<b>{scan.name}</b>, {scan.coils} coils"
+        else:
+            text = f"<b>{scan.name}</b>, {scan.geometry.views} views"
+            if scan.options.binning > 1:
+                text += f", binned {scan.options.binning} × {scan.options.binning}"
         values = self.volume.values()
         try:
             grid = scan.default_grid(values["shape"], values["voxel_size"])
             d, h, w = grid.shape
             size = " × ".join(f"{e:.3g}" for e in grid.extent)
-            text += "<br>" + note(f"{d} × {h} × {w} voxels of {grid.voxel_size:.4g} mm")
+            edges = sorted(set(grid.scale), key=grid.scale.index)
+            text += "<br>" + note(f"{d} × {h} × {w} voxels of {' × '.join(f'{e:.4g}' for e in edges)} mm")
             self.subject.setToolTip(f"{size} mm (z × y × x)")
         except ValueError as error:
             text += "<br>" + note(str(error))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from napari.viewer import Viewer
 
     from napari_recon.scans.geometry import Geometry
+    from napari_recon.scans.kspace import KSpaceScan
     from napari_recon.scans.scan import Scan
 
 Cells = tuple[int, int]
@@ -531,6 +532,50 @@ def tubes(paths: Sequence[NDArray[np.float64]], radius: float) -> tuple[NDArray[
     one = np.concatenate([np.stack([k, following, k + 4], 1), np.stack([following, following + 4, k + 4], 1)])
     faces = (8 * np.arange(len(start))[:, None, None] + one).reshape(-1, 3)
     return vertices, faces
+
+
+def kspace(scan: KSpaceScan) -> list[dict[str, Any]]:
+    """A scan's k-space, sampling mask and coils, each as the arguments of an Image layer.
+
+    Reads all: call it from a thread.
+
+    k-space is shown as the logarithm of its magnitude, in decades below the largest sample; the coils' images, and
+    their sensitivities where the scan brings them, by their magnitudes. Coils are an axis to step through.
+
+    Raises
+    ------
+    ScanError
+        If the samples cannot be read.
+    """
+    from napari_recon.scans.kspace import to_image
+
+    def arguments(what: str, values: NDArray[Any], limits: tuple[float, float], visible: bool) -> dict[str, Any]:
+        return {
+            "data": values.astype(np.float32, copy=False),
+            "name": f"{scan.name}: {what}",
+            "scale": (1.0, *scan.grid.scale)[-values.ndim :],
+            "translate": (0.0, *scan.grid.translate)[-values.ndim :],
+            "axis_labels": ("coil", "z", "y", "x")[-values.ndim :],
+            "units": ("mm",) * values.ndim,
+            "contrast_limits": limits,
+            "colormap": "gray",
+            "visible": visible,
+            "metadata": {KEY: {"scan": str(scan.path), "options": scan.options.model_dump(mode="json")}},
+        }
+
+    samples = np.abs(scan.kspace)
+    largest = float(samples.max()) or 1.0
+    decades = np.log10(np.maximum(samples / largest, 1e-6), dtype=np.float32)
+    images = np.abs(to_image(scan.kspace))
+    bright = float(np.percentile(images[:: max(1, len(images) // 4)], 99.8)) or 1.0
+    found = [
+        arguments("coil images", images, (0.0, bright), False),
+        arguments("sampling mask", scan.mask, (0.0, 1.0), False),
+        arguments("k-space, log₁₀", decades, (-5.0, 0.0), True),
+    ]
+    if scan.coil_maps is not None:
+        found.insert(0, arguments("coil maps", np.abs(scan.coil_maps), (0.0, 1.0), False))
+    return found
 
 
 def projections(scan: Scan) -> tuple[Any, dict[str, Any]]:

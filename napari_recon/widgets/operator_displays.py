@@ -98,6 +98,8 @@ class OperatorDisplay(Display):
     def show(self, message: VolumeReady, array: NDArray[np.float32]) -> None:
         """The paper's figure grows: x, then m and λ while they are fitted, then AᵀA x, H x and the error."""
         name = message.name
+        if name == "x phase":  # of MRI: H is judged by magnitudes
+            return
         self.volumes[name], self.ready[name] = array, message
         if name == "x":
             self._begin([], (2, 3), None)

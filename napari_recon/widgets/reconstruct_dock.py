@@ -12,6 +12,7 @@ from napari.layers import Image
 from napari.utils.notifications import show_warning
 from pydantic import BaseModel, ValidationError
 from qtpy.QtCore import Qt
+from qtpy.QtGui import QStandardItemModel
 from qtpy.QtWidgets import (
     QAbstractSpinBox,
     QComboBox,
@@ -20,13 +21,16 @@ from qtpy.QtWidgets import (
     QHBoxLayout,
     QLabel,
     QLineEdit,
+    QListView,
     QPushButton,
     QSizePolicy,
     QStackedWidget,
     QWidget,
 )
 
+from napari_recon.jobs.job import METHODS as METHODS_OF
 from napari_recon.jobs.job import (
+    MRI_REGULARIZATION,
     STARTS,
     DataConsistencyJob,
     PADMMParameters,
@@ -191,6 +195,29 @@ class ReconstructDock(JobDock):
         self.parameters.setCurrentIndex(index)
         self.method.setToolTip(self.method.itemData(index, Qt.ItemDataRole.ToolTipRole))
         self._edited()
+
+    def _show_scan(self) -> None:
+        """Offer the methods of the scan's kind; k-space fixes the grid."""
+        scan = self.session.scan
+        if scan is not None:
+            offered = METHODS_OF[scan.kind]
+            names = [str(self.method.itemData(i)) for i in range(self.method.count())]
+            rows, model = self.method.view(), self.method.model()
+            for i, name in enumerate(names):
+                if isinstance(rows, QListView):
+                    rows.setRowHidden(i, name not in offered)
+                if isinstance(model, QStandardItemModel) and (item := model.item(i)) is not None:
+                    item.setEnabled(name in offered)
+            if names[self.method.currentIndex()] not in offered:
+                self.method.setCurrentIndex(names.index("padmm" if scan.kind == "mri" else "tv"))
+            usual = {"x-ray": float(PADMMParameters.model_fields["regularization"].default), "mri": MRI_REGULARIZATION}
+            if self.padmm.values()["regularization"] in usual.values():  # nobody has chosen another
+                self.padmm.editors["regularization"].put(usual[scan.kind])
+            for name in ("shape", "voxel_size"):
+                self.volume.editors[name].widget.setEnabled(scan.kind == "x-ray")
+                if scan.kind == "mri":
+                    self.volume.editors[name].put(None)
+        super()._show_scan()
 
     def _choose_view(self, index: int) -> None:
         self.session.view = self.view.itemData(index)
@@ -383,7 +410,7 @@ class ReconstructDock(JobDock):
                 form.editors["iterations"].put(None)
             form.editors["weights"].widget.setToolTip(f"<qt>{html.escape(header.card)}</qt>")
             scan = self.session.scan
-            if scan is not None:
+            if scan is not None and scan.kind == "x-ray":
                 grid = self.volume.values()
                 try:
                     chosen = scan.default_grid(grid["shape"], grid["voxel_size"])
@@ -410,8 +437,9 @@ class ReconstructDock(JobDock):
         self.parameters.setEnabled(state == "idle" or self.tuning)
         for name, editor in self.padmm.editors.items():
             editor.widget.setEnabled(state == "idle" or name in PADMMParameters.TUNABLE)
+        scan = self.session.scan
         for button in (self.check, *self.suggest):
-            button.setEnabled(state == "idle" and self.session.scan is not None)
+            button.setEnabled(state == "idle" and scan is not None and scan.kind == "x-ray")
         super()._show_state(state)
 
     def _show_progress(self, _: object = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from napari.utils.notifications import show_error
 from qtpy.QtCore import Qt, QTimer
@@ -19,6 +19,7 @@ from qtpy.QtWidgets import (
     QWidget,
 )
 
+from napari_recon.scans.kspace import KSpaceOptions
 from napari_recon.scans.scan import ScanOptions
 from napari_recon.widgets.forms import ModelForm
 from napari_recon.widgets.session import Session
@@ -41,7 +42,10 @@ class ScanDock(Scrolled):
         layout = self.content
 
         self.open_file = QPushButton("Open file …")
-        self.open_file.setToolTip("A scan in one file: scan.toml, HDF5 (.h5, .nxs), MATLAB (.mat).")
+        self.open_file.setToolTip(
+            "A scan in one file: scan.toml, HDF5 (.h5, .nxs), MATLAB (.mat); k-space as fastMRI's or ISMRMRD's HDF5, "
+            "BART's .cfl, or .npy with a sidecar."
+        )
         self.open_file.clicked.connect(self._ask_for_file)
         self.open_folder = QPushButton("Open folder …")
         self.open_folder.setToolTip("A scan in a folder: the Walnut layout, or TIFFs beside a scan.toml.")
@@ -77,10 +81,13 @@ class ScanDock(Scrolled):
         details.addWidget(self.checks)
 
         self.options = ModelForm(ScanOptions, units={"axis_offset": "px"})
-        details.addWidget(section("Views and corrections", self.options))
+        self.corrections = section("Views and corrections", self.options)
+        details.addWidget(self.corrections)
+        self.kspace_options = ModelForm(KSpaceOptions)
+        self.coils_and_samples = section("Coils and samples", self.kspace_options)
+        details.addWidget(self.coils_and_samples)
 
         self.show_projections = QPushButton("Show projections")
-        self.show_projections.setToolTip("Add the line integrals as a layer; a view is read when it is shown.")
         self.show_projections.clicked.connect(self.session.add_projections)
         self.show_geometry = QPushButton("Show geometry")
         self.show_geometry.setToolTip("Add the source's path, the detector and the volume's box as 3D layers in mm.")
@@ -97,7 +104,8 @@ class ScanDock(Scrolled):
         self._settle.setSingleShot(True)
         self._settle.setInterval(SETTLE)
         self._settle.timeout.connect(self._apply_options)
-        self.options.changed.connect(self._settle.start)
+        for form in (self.options, self.kspace_options):
+            form.changed.connect(self._settle.start)
         self.session.busy_changed.connect(self._show_busy)
         self.session.scan_changed.connect(self._show_scan)
         self.session.checks_changed.connect(self._show_checks)
@@ -108,7 +116,10 @@ class ScanDock(Scrolled):
 
     def _ask_for_file(self) -> None:
         path, _ = QFileDialog.getOpenFileName(
-            self, "Open a scan", "", "Scans (*.toml *.h5 *.hdf5 *.hdf *.nxs *.mat *.tif *.tiff);;All files (*)"
+            self,
+            "Open a scan",
+            "",
+            "Scans (*.toml *.h5 *.hdf5 *.hdf *.nxs *.mat *.tif *.tiff *.cfl *.hdr *.npy);;All files (*)",
         )
         if path:
             self.session.open(path)
@@ -147,7 +158,8 @@ class ScanDock(Scrolled):
     # -- showing ---------------------------------------------------------------------------------------------------
 
     def _apply_options(self) -> None:
-        self.session.set_options(self.options.value())
+        mri = self.session.scan is not None and self.session.scan.kind == "mri"
+        self.session.set_options(self.kspace_options.value() if mri else self.options.value())
 
     def _show_busy(self, text: str) -> None:
         if text:
@@ -176,13 +188,28 @@ class ScanDock(Scrolled):
             text.setWordWrap(True)
             text.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
             self.summary.addRow(QLabel(note(name)), text)
-        have = len(scan.recording.frames)
         self._settle.stop()
-        self.options.blockSignals(True)
-        self.options.suggest("views", have, high=have)
-        self.options.suggest("axis_offset", round(float(scan.recording.geometry.axis_offset.mean()), 2))
-        self.options.set_value(scan.options)
-        self.options.blockSignals(False)
+        mri = scan.kind == "mri"
+        self.corrections.setVisible(not mri)
+        self.coils_and_samples.setVisible(mri)
+        self.show_geometry.setVisible(not mri)
+        self.show_projections.setText("Show k-space" if mri else "Show projections")
+        self.show_projections.setToolTip(
+            "Add k-space, its sampling mask, and the coils' images as layers."
+            if mri
+            else "Add the line integrals as a layer; a view is read when it is shown."
+        )
+        form: ModelForm[Any] = self.kspace_options if mri else self.options
+        form.blockSignals(True)
+        if scan.kind == "mri":
+            form.suggest("coils", scan.recording.shape[0], high=scan.recording.shape[0])
+            form.suggest("acceleration", 4.0)
+        else:
+            have = len(scan.recording.frames)
+            form.suggest("views", have, high=have)
+            form.suggest("axis_offset", round(float(scan.recording.geometry.axis_offset.mean()), 2))
+        form.set_value(scan.options)
+        form.blockSignals(False)
 
     def _show_checks(self) -> None:
         checks = self.session.checks

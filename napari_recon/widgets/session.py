@@ -44,6 +44,7 @@ from napari_recon.jobs.messages import (
 )
 from napari_recon.jobs.volumes import partial_path
 from napari_recon.scans.errors import ScanError
+from napari_recon.scans.kspace import KSpaceOptions, KSpaceScan
 from napari_recon.scans.scan import Scan, ScanOptions, open_scan
 from napari_recon.widgets import layers as shown
 from napari_recon.widgets.displays import (
@@ -56,6 +57,8 @@ from napari_recon.widgets.displays import (
 )
 from napari_recon.widgets.operator_displays import OperatorDisplay, PatchDisplay, write_layer
 from napari_recon.widgets.training_display import TrainingDisplay
+
+AnyScan = Scan | KSpaceScan
 
 if TYPE_CHECKING:
     from napari.layers import Layer
@@ -184,7 +187,7 @@ class Session(QObject):
         super().__init__()
         self.viewer = viewer
         self._key = id(viewer)
-        self.scan: Scan | None = None
+        self.scan: AnyScan | None = None
         self.checks: list[str] | None = None
         self.state = "idle"
         self.stage = ""
@@ -321,12 +324,12 @@ class Session(QObject):
 
     # -- the scan --------------------------------------------------------------------------------------------------
 
-    def open(self, path: str | Path, options: ScanOptions | None = None) -> None:
+    def open(self, path: str | Path, options: ScanOptions | KSpaceOptions | None = None) -> None:
         """Open a scan; ``scan_changed`` tells when it is there, a notification if it cannot be."""
         path = Path(path).expanduser()
         self.busy_changed.emit(f"Opening {path.name} …")
 
-        def opened(result: tuple[Scan, dict[str, str]]) -> None:
+        def opened(result: tuple[AnyScan, dict[str, str]]) -> None:
             self.busy_changed.emit("")
             self._set_scan(*result)
 
@@ -334,19 +337,19 @@ class Session(QObject):
             self.busy_changed.emit("")
             self._report(error)
 
-        def work() -> tuple[Scan, dict[str, str]]:
-            scan = open_scan(path, options)
+        def work() -> tuple[AnyScan, dict[str, str]]:
+            scan = open_scan(path) if options is None else open_scan(path, options)
             return scan, scan.summary()
 
         self._in_thread("scan", work, opened, failed)
 
-    def set_options(self, options: ScanOptions) -> None:
+    def set_options(self, options: ScanOptions | KSpaceOptions) -> None:
         """Read the open scan differently."""
         scan = self.scan
         if scan is None or options == scan.options:
             return
 
-        def work() -> tuple[Scan, dict[str, str]]:
+        def work() -> tuple[AnyScan, dict[str, str]]:
             changed = scan.with_options(**options.model_dump())
             return changed, changed.summary()
 
@@ -356,7 +359,7 @@ class Session(QObject):
 
         self._in_thread("scan", work, lambda result: self._set_scan(*result), failed)
 
-    def _set_scan(self, scan: Scan, summary: dict[str, str]) -> None:
+    def _set_scan(self, scan: AnyScan, summary: dict[str, str]) -> None:
         self.scan, self.summary, self.checks = scan, summary, None
         self._told = set()
         self._forget_operator_file()
@@ -375,9 +378,12 @@ class Session(QObject):
         self.checks_changed.emit()
 
     def add_projections(self) -> None:
-        """Show the projections; views are read as they are looked at."""
+        """Show what was measured: projections, whose views are read as they are looked at, or k-space."""
         scan = self.scan
         if scan is None:
+            return
+        if scan.kind == "mri":
+            self._add_kspace(scan)
             return
 
         def done(result: tuple[Any, dict[str, Any]]) -> None:
@@ -387,9 +393,17 @@ class Session(QObject):
 
         self._in_thread("projections", lambda: shown.projections(scan), done)
 
+    def _add_kspace(self, scan: KSpaceScan) -> None:
+        def done(found: list[dict[str, Any]]) -> None:
+            for each in found:
+                each["metadata"][shown.KEY]["shows"] = "projections"
+            self._replace("projections", [Image(each.pop("data"), **each) for each in found])
+
+        self._in_thread("projections", lambda: shown.kspace(scan), done)
+
     def add_geometry(self) -> None:
         """Show where source and detector were, and the volume's box, in 3D."""
-        if self.scan is None:
+        if self.scan is None or self.scan.kind == "mri":
             return
         layers = shown.geometry_layers(self.scan.geometry, self.scan.default_grid(), self.scan.name)
         self._replace("geometry", layers)
@@ -428,18 +442,19 @@ class Session(QObject):
             return False
         if "shows" not in told:
             layer.metadata[shown.KEY]["shows"] = "projections"
-            options = ScanOptions(**told.get("options", {}))
+            asked = told.get("options", {})
+            options = KSpaceOptions(**asked) if "coils" in asked else ScanOptions(**asked)
             if self.scan is None or str(self.scan.path) != told["scan"] or self.scan.options != options:
                 path = Path(told["scan"])
 
-                def work() -> tuple[Scan, dict[str, str]]:
-                    scan = open_scan(path, options)
+                def work() -> tuple[AnyScan, dict[str, str]]:
+                    scan: AnyScan = open_scan(path, options)
                     return scan, scan.summary()
 
                 self._in_thread("scan", work, lambda result: self._take_over(*result))
         return True
 
-    def _take_over(self, scan: Scan, summary: dict[str, str]) -> None:
+    def _take_over(self, scan: AnyScan, summary: dict[str, str]) -> None:
         """As :meth:`_set_scan`, where the projections are shown already."""
         self.scan, self.summary, self.checks = scan, summary, None
         self._told = set()

@@ -1,22 +1,33 @@
-"""A reader for each format. Each has ``recognises(path) -> bool`` and ``read(path) -> Recording``."""
+"""A reader for each format. Each has ``recognises(path) -> bool`` and ``read(path) -> Recording | KSpaceRecording``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from napari_recon.scans.errors import ScanError
-from napari_recon.scans.formats import dxchange, helsinki, nxtomo, tiff_stack, walnut
-from napari_recon.scans.recording import Recording
+from napari_recon.scans.formats import (
+    bart,
+    dxchange,
+    fastmri,
+    helsinki,
+    ismrmrd_files,
+    npy,
+    nxtomo,
+    tiff_stack,
+    walnut,
+)
+from napari_recon.scans.recording import KSpaceRecording, Recording
 
-READERS = (walnut, tiff_stack, nxtomo, dxchange, helsinki)
+READERS = (walnut, tiff_stack, nxtomo, fastmri, ismrmrd_files, dxchange, helsinki, npy, bart)
 
 UNDERSTOOD = (
     "a Walnut folder (scan_geom_*.geom with scan_*.tif), a folder of TIFFs with scan.toml, DXchange or NXtomo HDF5 "
-    "(.h5, .hdf5, .nxs), and Helsinki challenge .mat files"
+    "(.h5, .hdf5, .nxs), Helsinki challenge .mat files; and k-space as fastMRI or ISMRMRD HDF5, BART .cfl, or .npy "
+    "with a .toml beside it"
 )
 
 
-def read(path: Path) -> Recording:
+def read(path: Path) -> Recording | KSpaceRecording:
     """Read whatever ``path`` is, without its frames.
 
     Raises
@@ -26,8 +37,12 @@ def read(path: Path) -> Recording:
     """
     if not path.exists():
         raise ScanError(f"{path} does not exist: check the path.")
+    if path.suffix.lower() in (".toml", ".hdr") and (samples := tiff_stack.described_samples(path)) is not None:
+        return read(samples)
     if (reader := _reader(path)) is not None:
         return reader.read(path)
+    if path.is_file() and path.suffix.lower() == ".npy":
+        raise ScanError(npy.undescribed(path))
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if not p.name.startswith("."))
         if not files:

@@ -86,8 +86,15 @@ class Sidecar(BaseModel):
 
 
 def recognises(path: Path) -> bool:
-    """Whether this is a .toml file, or a folder with a scan.toml."""
-    return (path.is_file() and path.suffix.lower() == ".toml") or (path / "scan.toml").is_file()
+    """Whether this is a .toml file (but not of k-space), or a folder with a scan.toml."""
+    file = path if path.is_file() else path / "scan.toml"
+    return file.is_file() and file.suffix.lower() == ".toml" and described_samples(file) is None
+
+
+def described_samples(path: Path) -> Path | None:
+    """The k-space of the same name that a .toml or .hdr stands beside, if any."""
+    suffixes = (".cfl",) if path.suffix.lower() == ".hdr" else (".npy", ".cfl")
+    return next((p for p in map(path.with_suffix, suffixes) if p.is_file()), None)
 
 
 def read(path: Path) -> Recording:
