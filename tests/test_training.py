@@ -270,7 +270,7 @@ def test_only_the_network_sees_mirrored_volumes(tmp_path):
 def test_every_volume_is_scanned_with_every_number_of_views(tmp_path):
     trainer = _Trainer(config(), tmp_path / "w.safetensors")
     list(trainer.prepare())
-    assert [e.views for e in trainer.examples] == [6, 9] * 3
+    assert [e.physics.physics.geometry.views for e in trainer.examples] == [6, 9] * 3
     few, many = (e.truth / e.truth.max() for e in trainer.examples[:2])
     assert torch.allclose(few, many)
 
