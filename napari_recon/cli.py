@@ -24,7 +24,7 @@ import typer
 if TYPE_CHECKING:
     from napari_recon.jobs import Job, OperatorJob, ReconstructionJob
     from napari_recon.jobs.messages import Finished
-    from napari_recon.scans import Scan
+    from napari_recon.scans import KSpaceScan, Scan
 
 SomeJob = TypeVar("SomeJob", "ReconstructionJob", "OperatorJob")
 
@@ -93,16 +93,10 @@ def info(
 ) -> None:
     """What a scan is, and what looks wrong with it."""
     with _told(as_json) as say:
-        from napari_recon.scans import open_scan
-
-        given = {"views": views, "axis_offset": axis_offset, "air_normalisation": air_normalisation}
-        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        if binning != 1:
-            changes["binning"] = binning
-        opened = open_scan(scan, **changes)  # k-space refuses what is for projections, by name
+        opened = _open(scan, views, binning, axis_offset, air_normalisation)
         summary, warnings = opened.summary(), opened.checks()
         if as_json:
-            found = {
+            found: dict[str, Any] = {
                 "scan": str(scan),
                 "name": opened.name,
                 "kind": opened.kind,
@@ -202,7 +196,6 @@ def reconstruct(
     with _told(as_json) as say:
         from napari_recon.jobs.job import MRI_REGULARIZATION, STARTS, ReconstructionJob
         from napari_recon.jobs.volumes import check_output
-        from napari_recon.scans import open_scan
         from napari_recon.scans.errors import ScanError
 
         if exact and operator is not None:
@@ -214,20 +207,13 @@ def reconstruct(
             weights = weights if weights in shipped_weights() else str(found.absolute())
         if start is not None and start not in STARTS and Path(start).expanduser().exists():
             start = str(Path(start).expanduser().absolute())  # a file is found again from anywhere
-        reading = {
-            "views": views,
-            "binning": None if binning == 1 else binning,
-            "axis_offset": axis_offset,
-            "air_normalisation": air_normalisation,
-            "coils": coils,
-            "acceleration": acceleration,
-        }
-        changes: dict[str, Any] = {name: value for name, value in reading.items() if value is not None}
-        opened = open_scan(scan, **changes)
+        opened = _open(scan, views, binning, axis_offset, air_normalisation, coils=coils, acceleration=acceleration)
         mri = opened.kind == "mri"
         method = method or ("padmm" if mri else "tv")
         if mri and method == "padmm" and regularization is None:
             regularization = MRI_REGULARIZATION
+        if mri and method == "padmm" and start is None:
+            start = "fdk"  # no network for k-space ships yet
         given = {
             "iterations": iterations,
             "regularization": regularization,
@@ -326,16 +312,11 @@ def fit_operator(
             "support": support,
             "mask_step": mask_step,
         }
-        options: dict[str, Any] = {
-            "views": views,
-            "binning": binning,
-            "axis_offset": axis_offset,
-            "air_normalisation": air_normalisation,
-        }
+        opened = _open(scan, views, binning, axis_offset, air_normalisation)
         job = _validated(
             OperatorJob,
             scan=scan.expanduser().absolute(),
-            options=options,
+            options=opened.options,
             shape=shape,
             voxel_size=voxel_size,
             parameters={name: value for name, value in given.items() if value is not None},
@@ -344,7 +325,6 @@ def fit_operator(
             output=output,
             seed=seed,
         )
-        opened = _open(scan, **options)
         for sentence in opened.checks():
             _note(f"warning: {sentence}")
         shown: dict[str, Any] = {}
@@ -545,18 +525,21 @@ def bench(
 
 
 def _open(
-    path: Path, views: int | None, binning: int, axis_offset: float | None, air_normalisation: bool | None
-) -> Scan:
-    from napari_recon.scans import ScanOptions, open_scan
+    path: Path,
+    views: int | None,
+    binning: int,
+    axis_offset: float | None,
+    air_normalisation: bool | None,
+    **more: float | None,
+) -> Scan | KSpaceScan:
+    """The scan, as it is to be read; what is for the other kind of scan is refused by its name."""
+    from napari_recon.scans import open_scan
 
-    return open_scan(
-        path,
-        ScanOptions(),
-        views=views,
-        binning=binning,
-        axis_offset=axis_offset,
-        air_normalisation=air_normalisation,
-    )
+    given = {"views": views, "axis_offset": axis_offset, "air_normalisation": air_normalisation, **more}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if binning != 1:
+        changes["binning"] = binning
+    return open_scan(path, **changes)
 
 
 def _validated(kind: type[SomeJob], **fields: Any) -> SomeJob:

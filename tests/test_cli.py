@@ -118,6 +118,10 @@ def test_k_space_is_simulated_and_reconstructed(tmp_path):
     assert found["job"]["options"]["coils"] == 3
     assert found["figures"]["psnr"] > 10
     assert out.exists()
+    operator, quick = tmp_path / "h.safetensors", ("--probes", 2, "--iterations", 0, "--positions", 1)
+    fitted = call("fit-operator", made["output"], "-o", operator, *quick, "--figure", tmp_path / "h.png", "--json")
+    assert 0 < fitted["figures"]["relative_error"] < 1
+    assert (tmp_path / "h.png").exists()
 
 
 def test_simulate_then_compare(tmp_path):

@@ -186,3 +186,11 @@ def test_the_normal_operator_is_fitted_and_shown(scan, tmp_path):
     messages, volumes = run(PatchJob(scan=scan, operator=str(file), center=(12, 12, 12), patch=12, steps=2))
     assert finished(messages).figures["difference"] < 0.5
     assert volumes["patch exact"].shape == (3, 12, 12, 12)
+
+
+def test_a_start_that_is_not_there_for_k_space_is_told(scan):
+    messages, begun = run(job(scan, "padmm", iterations=2))  # "network", by default
+    assert any("zero-filled" in m.text for m in messages if isinstance(m, Notice))
+    messages, asked = run(job(scan, "padmm", iterations=2, start="fdk"))
+    assert not [m for m in messages if isinstance(m, Notice)]
+    assert np.array_equal(begun["result"], asked["result"])

@@ -256,7 +256,7 @@ Parameters = Annotated[
 ]
 
 MRI_REGULARIZATION = 3e-3
-"""What PADMM's regularisation had best be where nobody has chosen one, of k-space (docs/benchmarks.md)."""
+"""PADMM's regularisation of k-space where nobody has chosen one: three times that of X-rays."""
 
 METHODS = {
     "x-ray": ("fdk", "sirt", "tv", "padmm", "unrolled"),

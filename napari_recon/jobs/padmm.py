@@ -200,6 +200,8 @@ class PADMMRun(ReconstructionRun):
         if start == "zeros":
             return "zeros"
         mri = self.scan.kind == "mri"
+        if mri and start == "network":
+            yield Notice("No network for k-space ships yet, so PADMM begins with the zero-filled volume.")
         if start == "fdk" or (mri and start == "network"):
             return self.start
         kept = self.prepared.things

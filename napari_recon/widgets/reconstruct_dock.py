@@ -213,6 +213,8 @@ class ReconstructDock(JobDock):
             usual = {"x-ray": float(PADMMParameters.model_fields["regularization"].default), "mri": MRI_REGULARIZATION}
             if self.padmm.values()["regularization"] in usual.values():  # nobody has chosen another
                 self.padmm.editors["regularization"].put(usual[scan.kind])
+            if scan.kind == "mri" and self.padmm.values()["start"] == "network":  # none for k-space ships yet
+                self.padmm.editors["start"].put("fdk")
             for name in ("shape", "voxel_size"):
                 self.volume.editors[name].widget.setEnabled(scan.kind == "x-ray")
                 if scan.kind == "mri":

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from napari_recon.scans.errors import ScanError
 from napari_recon.scans.formats import npy
+from napari_recon.scans.formats.sidecars import load_sidecar
 from napari_recon.scans.recording import KSpaceRecording
 
 COIL, SLICE = 3, 13
@@ -45,7 +46,7 @@ def read(path: Path) -> KSpaceRecording:
         if n > 1 and k not in (0, 1, 2, COIL, SLICE)
     }
     file = path.with_suffix(".toml")
-    sidecar = npy.load_sidecar(file) if file.is_file() else npy.KSpaceSidecar.model_validate({})
+    sidecar = load_sidecar(file, npy.KSpaceSidecar) if file.is_file() else npy.KSpaceSidecar.model_validate({})
     if sidecar.axes is not None:
         raise ScanError(f"{file}: the axes of a .cfl are known; leave the field 'axes' out.")
     slices = dims[SLICE] > 1

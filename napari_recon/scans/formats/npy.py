@@ -9,17 +9,16 @@ The sidecar may also stand beside a BART ``.cfl``, whose axes are known.
 
 from __future__ import annotations
 
-import difflib
-import tomllib
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from napari_recon.scans.errors import ScanError
+from napari_recon.scans.formats.sidecars import load_sidecar
 from napari_recon.scans.recording import KSpaceRecording
 
 AXES = ("coil", "slice", "z", "y", "x")
@@ -75,7 +74,7 @@ def read(path: Path) -> KSpaceRecording:
         If a field is wrong or missing, a file is missing, or the array is not k-space.
     """
     file = path.with_suffix(".toml")
-    sidecar = load_sidecar(file)
+    sidecar = load_sidecar(file, KSpaceSidecar)
     if sidecar.axes is None:
         raise ScanError(f"{file}: the field 'axes' is missing; add axes = {_description('axes')}.")
     axes = sidecar.axes
@@ -131,25 +130,6 @@ def described(
         truth=beside("truth"),
         notes={"sidecar": str(file), **notes} if file.is_file() else notes,
     )
-
-
-def load_sidecar(file: Path) -> KSpaceSidecar:
-    """Read a sidecar, telling what is wrong with it in one sentence."""
-    try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ScanError(f"{file} is not valid TOML: {error}.") from None
-    fields = KSpaceSidecar.model_fields
-    for name in table:
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, 1, 0.6)
-            hint = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(fields)}."
-            raise ScanError(f"{file}: there is no field {name!r}; {hint}")
-    try:
-        return KSpaceSidecar(**table)
-    except ValidationError as error:
-        name = str(error.errors()[0]["loc"][0])
-        raise ScanError(f"{file}: {name} = {table[name]!r} will not do; it must be {_description(name)}.") from None
 
 
 def arranged(array: NDArray[Any], axes: tuple[str, ...]) -> NDArray[Any]:

@@ -14,17 +14,16 @@ The sidecar stands in the frames' folder, or elsewhere with a ``folder``. A smal
 
 from __future__ import annotations
 
-import difflib
-import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from napari_recon.scans.errors import ScanError
 from napari_recon.scans.formats import dxchange, nxtomo
+from napari_recon.scans.formats.sidecars import load_sidecar
 from napari_recon.scans.formats.tiff_files import natural, tiff_frames
 from napari_recon.scans.geometry import Geometry
 from napari_recon.scans.recording import Frames, Recording
@@ -106,7 +105,7 @@ def read(path: Path) -> Recording:
         If a field is wrong or missing, frames are missing, or angles and frames do not match.
     """
     file = path / "scan.toml" if path.is_dir() else path
-    sidecar = load_sidecar(file)
+    sidecar = load_sidecar(file, Sidecar)
     folder = (file.parent / sidecar.folder).resolve()
     if not folder.is_dir():
         raise ScanError(f"{file}: the folder {folder} does not exist; correct the field 'folder'.")
@@ -135,28 +134,6 @@ def read(path: Path) -> Recording:
         grid=grid,
         notes={"sidecar": str(file), **notes},
     )
-
-
-def load_sidecar(file: Path) -> Sidecar:
-    """Read a scan.toml, telling what is wrong with it in one sentence."""
-    try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ScanError(f"{file} is not valid TOML: {error}.") from None
-    fields = Sidecar.model_fields
-    for name in table:
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, 1, 0.6)
-            hint = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(fields)}."
-            raise ScanError(f"{file}: there is no field {name!r}; {hint}")
-    try:
-        return Sidecar(**table)
-    except ValidationError as error:
-        name = str(error.errors()[0]["loc"][0])
-        what = fields[name].description
-        if name not in table:
-            raise ScanError(f"{file}: the field {name!r} is missing; add {name} = {what}.") from None
-        raise ScanError(f"{file}: {name} = {table[name]!r} will not do; it must be {what}.") from None
 
 
 def _is_hdf5(name: str | None) -> bool:
