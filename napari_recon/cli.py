@@ -194,7 +194,7 @@ def reconstruct(
 ) -> None:
     """Reconstruct a scan into a volume."""
     with _told(as_json) as say:
-        from napari_recon.jobs.job import MRI_REGULARIZATION, STARTS, ReconstructionJob
+        from napari_recon.jobs.job import MRI_REGULARIZATION, SHIPPED_WEIGHTS, STARTS, ReconstructionJob
         from napari_recon.jobs.volumes import check_output
         from napari_recon.scans.errors import ScanError
 
@@ -212,8 +212,8 @@ def reconstruct(
         method = method or ("padmm" if mri else "tv")
         if mri and method == "padmm" and regularization is None:
             regularization = MRI_REGULARIZATION
-        if mri and method == "padmm" and start is None:
-            start = "fdk"  # no network for k-space ships yet
+        if mri and method == "unrolled" and weights is None:
+            weights = SHIPPED_WEIGHTS["mri"]
         given = {
             "iterations": iterations,
             "regularization": regularization,

@@ -8,15 +8,19 @@ import tifffile
 import torch
 
 from napari_recon.jobs import Control, ReconstructionJob, run_job
-from napari_recon.jobs.job import DataConsistencyJob, OperatorJob, PatchJob, RegularizationJob
+from napari_recon.jobs.job import CoilMapsJob, DataConsistencyJob, OperatorJob, PatchJob, RegularizationJob
 from napari_recon.jobs.memory import plan_memory
-from napari_recon.jobs.messages import Failed, Finished, Notice, Progress, VolumeReady
+from napari_recon.jobs.messages import Failed, Finished, Notice, Progress, Stage, VolumeReady
+from napari_recon.jobs.quality import kspace_noise
+from napari_recon.jobs.regularization import held_out_sites
 from napari_recon.jobs.stages import Prepared
 from napari_recon.learning.networks import make_network, save_weights
 from napari_recon.learning.simulate_mri import simulate_mri
 from napari_recon.physics.mri import MultiCoilMRI
 from napari_recon.reconstruction.unrolled import UnrolledPGD
 from napari_recon.scans import ScanOptions, open_scan
+from napari_recon.scans.errors import ScanError
+from napari_recon.scans.kspace import decades
 
 SIZE = 24
 
@@ -28,6 +32,7 @@ def scan(tmp_path_factory):
     made = simulate_mri("head", seed=3, size=SIZE, acceleration=3, coils=6, calibration=8)
     np.save(folder / "head.npy", made.scan.kspace)
     np.save(folder / "maps.npy", made.scan.coil_maps)
+    np.save(folder / "complex.npy", made.truth)
     tifffile.imwrite(folder / "truth.tif", np.abs(made.truth).astype(np.float32))
     (folder / "head.toml").write_text(
         'axes = ["coil", "z", "y", "x"]\nvoxel_size = [2.0, 1.0, 1.5]\ncoil_maps = "maps.npy"\ntruth = "truth.tif"\n'
@@ -98,13 +103,6 @@ def test_methods_of_x_rays_are_refused_in_a_sentence(scan, method):
     messages, _ = run(job(scan, method))
     assert messages[-1].kind == "input"
     assert "use zero-filled, sense, padmm, unrolled" in messages[-1].text
-
-
-def test_what_needs_projections_is_refused_in_a_sentence(scan):
-    for other in (DataConsistencyJob(scan=scan), RegularizationJob(scan=scan)):
-        messages, _ = run(other)
-        assert messages[-1].kind == "input", messages[-1]
-        assert "k-space" in messages[-1].text
 
 
 def test_options_of_the_other_kind_are_refused_in_a_sentence(scan):
@@ -188,9 +186,245 @@ def test_the_normal_operator_is_fitted_and_shown(scan, tmp_path):
     assert volumes["patch exact"].shape == (3, 12, 12, 12)
 
 
-def test_a_start_that_is_not_there_for_k_space_is_told(scan):
-    messages, begun = run(job(scan, "padmm", iterations=2))  # "network", by default
-    assert any("zero-filled" in m.text for m in messages if isinstance(m, Notice))
-    messages, asked = run(job(scan, "padmm", iterations=2, start="fdk"))
+@pytest.fixture
+def weights(tmp_path):
+    """A network of complex volumes that was never trained, as the weights that ship."""
+    torch.manual_seed(0)
+    network = make_network("light", channels=2, width=4, scales=2)
+    file = tmp_path / "mri.safetensors"
+    training = {"data": {"modality": "mri", "accelerations": [3.0], "size": SIZE}}
+    save_weights(UnrolledPGD(network, 2, step="gradient", init="zero-filled"), file, training=training)
+    return file
+
+
+def test_padmm_begins_with_what_a_network_makes_of_k_space(scan, weights):
+    prepared = Prepared()
+    messages, volumes = run(job(scan, "padmm", iterations=40, start=str(weights)), prepared=prepared)
+    assert finished(messages).provenance["start"]["weights"] == str(weights)
+    assert {"start", "start phase", "result", "result phase"} <= set(volumes)
+    again, shown = run(job(scan, "padmm", iterations=1, start=str(weights)), prepared=prepared)
+    finished(again)
+    assert np.array_equal(shown["start"], volumes["start"])
+    _, cold = run(job(scan, "padmm", iterations=40, start="zeros"))
+    assert np.linalg.norm(volumes["result"] - cold["result"]) < 0.02 * np.linalg.norm(cold["result"])
+
+
+def test_padmm_begins_with_a_complex_file(scan, tmp_path):
+    _, there = run(job(scan, "padmm", iterations=40, start="zeros"))
+    volume = there["result"] * np.exp(1j * there["result phase"])
+    np.save(tmp_path / "x.npy", volume.astype(np.complex64))
+    _, on = run(job(scan, "padmm", iterations=1, start=str(tmp_path / "x.npy")))
+    assert np.linalg.norm(on["result"] - there["result"]) < 0.05 * np.linalg.norm(there["result"])
+    np.save(tmp_path / "real.npy", there["result"])
+    messages, _ = run(job(scan, "padmm", iterations=1, start=str(tmp_path / "real.npy")))
+    assert "the phase is missing" in messages[-1].text
+
+
+def test_weights_for_projections_are_no_start_of_k_space(scan):
+    messages, _ = run(job(scan, "padmm", start="unrolled"))
+    assert messages[-1].kind == "input"
+    assert "are for X-ray projections" in messages[-1].text
+
+
+def test_k_space_unlike_that_of_training_is_told(scan, weights):
+    messages, _ = run(job(scan, "unrolled", weights=str(weights)))
     assert not [m for m in messages if isinstance(m, Notice)]
-    assert np.array_equal(begun["result"], asked["result"])
+    messages, _ = run(job(scan, "unrolled", weights=str(weights), options={"acceleration": 8.0}))
+    assert "more than the weights were trained on" in next(m.text for m in messages if isinstance(m, Notice))
+
+
+# -- a volume beside the data --------------------------------------------------------------------------------------
+
+
+def write_scan(folder, made, **described):
+    """A simulated scan as a .npy with a sidecar."""
+    folder.mkdir()
+    np.save(folder / "head.npy", made.scan.kspace)
+    lines = {"axes": ["coil", "z", "y", "x"], "voxel_size": 1.0, **described}
+    (folder / "head.toml").write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in lines.items()))
+    return folder / "head.npy"
+
+
+@pytest.fixture(scope="module")
+def whitened(tmp_path_factory):
+    """A scan that brings its noise and its coil maps, and its truth in the unit of its noise, (D, H, W), complex."""
+    folder = tmp_path_factory.mktemp("noisy")
+    made = simulate_mri("head", seed=3, size=SIZE, acceleration=3, coils=6, calibration=8)
+    path = write_scan(folder / "scan", made, coil_maps="maps.npy", noise="noise.npy")
+    noise = made.noise * np.random.default_rng(0).standard_normal((6, 4000, 2)).view(np.complex128)[..., 0]
+    np.save(path.with_name("noise.npy"), noise.astype(np.complex64))
+    np.save(path.with_name("maps.npy"), made.scan.coil_maps)
+    return path, (made.truth / (np.sqrt(2) * made.noise)).astype(np.complex64)
+
+
+def check(scan, volume=None, prepared=None):
+    messages, volumes = run(DataConsistencyJob(scan=scan, volume=volume, device="cpu"), prepared=prepared)
+    return messages, volumes, finished(messages).figures
+
+
+def test_k_space_of_a_volume_stands_beside_the_measured_one(scan):
+    opened = open_scan(scan)
+    messages, volumes, figures = check(scan, scan.with_name("complex.npy"))
+    ready = [m for m in messages if isinstance(m, VolumeReady)]
+    assert [m.name for m in ready] == ["measured", "projected", "residual"]
+    assert {m.axis_labels for m in ready} == {("coil", "z", "y", "x")}
+    assert {m.scale for m in ready} == {(1.0, 2.0, 1.0, 1.5)}
+    x = np.load(scan.with_name("complex.npy"))
+    y = MultiCoilMRI.from_scan(opened, "cpu").A(torch.from_numpy(np.stack([x.real, x.imag]))[None])[0].numpy()
+    made, largest = y[0] + 1j * y[1], float(np.abs(opened.kspace).max())
+    for name, values in (("measured", opened.kspace), ("projected", made), ("residual", made - opened.kspace)):
+        np.testing.assert_allclose(volumes[name], decades(values, largest), atol=1e-2)
+        assert (volumes[name][:, ~opened.mask] == volumes[name].min()).all()  # what was not sampled is black
+    error = np.linalg.norm(made - opened.kspace) / np.linalg.norm(opened.kspace)
+    assert figures["residual"] == pytest.approx(error, rel=1e-4)
+    steps = [m for m in messages if isinstance(m, Progress)]
+    assert steps[-1].step == steps[-1].total == 6
+
+
+def test_the_truth_of_k_space_is_at_the_noise_and_a_hallucination_is_not(whitened, tmp_path):
+    scan, truth = whitened
+    np.save(tmp_path / "right.npy", truth)
+    middle = (slice(SIZE // 2 - 3, SIZE // 2 + 3),) * 3
+    truth = truth.copy()
+    truth[middle] += np.abs(truth).max()
+    np.save(tmp_path / "wrong.npy", truth)
+    right, wrong = (check(scan, tmp_path / f"{name}.npy")[2] for name in ("right", "wrong"))
+    assert right["noise"] == pytest.approx(1, rel=1e-3)  # of prewhitened k-space
+    assert right["residual_to_noise"] == pytest.approx(1, abs=0.05)
+    assert right["worst_coil"] < 1.1
+    assert wrong["residual_to_noise"] > 1.5
+    assert wrong["worst_coil"] > wrong["residual_to_noise"]
+
+
+def test_the_noise_of_k_space_is_told_without_a_noise_scan():
+    made = simulate_mri("head", seed=3, size=SIZE, acceleration=3, coils=4, snr=8.0)
+    assert kspace_noise(made.scan) == pytest.approx(np.full(4, np.sqrt(2) * made.noise), rel=0.2)
+
+
+def test_the_last_complex_result_is_checked(scan):
+    prepared = Prepared()
+    made = finished(run(job(scan), prepared=prepared)[0]).figures
+    assert check(scan, None, prepared)[2]["residual"] == pytest.approx(made["residual"], rel=1e-3)
+
+
+def test_a_volume_that_k_space_cannot_be_made_of_is_one_sentence(scan, tmp_path):
+    np.save(tmp_path / "real.npy", np.ones((SIZE,) * 3, np.float32))
+    np.save(tmp_path / "small.npy", np.ones((8, 8, 8), np.complex64))
+    np.save(tmp_path / "nan.npy", np.full((SIZE,) * 3, np.nan, np.complex64))
+    refused = {
+        scan.with_name("truth.tif"): "the phase is missing",
+        tmp_path / "real.npy": "the phase is missing",
+        tmp_path / "small.npy": "(8, 8, 8)",
+        tmp_path / "nan.npy": "NaN",
+        tmp_path / "none.npy": "no volume",
+        None: "last result",
+    }
+    for volume, word in refused.items():
+        messages, _ = run(DataConsistencyJob(scan=scan, volume=volume, device="cpu"))
+        assert messages[-1].kind == "input", messages[-1]
+        assert word in messages[-1].text
+
+
+def test_finish_keeps_the_coils_that_are_there(scan):
+    control = Control()
+    for message in run_job(DataConsistencyJob(scan=scan, volume=scan.with_name("complex.npy"), device="cpu"), control):
+        if isinstance(message, Progress):
+            control.finish()
+    assert not message.complete
+    seen = (control.volumes["projected"] > control.volumes["projected"].min()).any(axis=(1, 2, 3))
+    assert list(np.flatnonzero(seen)) == [0]
+
+
+# -- coil maps -----------------------------------------------------------------------------------------------------
+
+
+def test_coil_maps_are_seen_whether_they_came_or_are_estimated(scan, tmp_path):
+    plain = write_scan(tmp_path / "plain", simulate_mri("head", seed=3, size=SIZE, acceleration=2, coils=4))
+    for path, estimated in ((scan, False), (plain, True)):
+        prepared = Prepared()
+        messages, volumes = run(CoilMapsJob(scan=path, device="cpu"), prepared=prepared)
+        finished(messages)
+        stages = [m.name for m in messages if isinstance(m, Stage)]
+        assert ("estimating coil maps" in stages) == estimated
+        ready = {m.name: m for m in messages if isinstance(m, VolumeReady)}
+        assert list(ready) == ["coil maps", "coil maps phase"]
+        assert ready["coil maps"].axis_labels == ("coil", "z", "y", "x")
+        total = (volumes["coil maps"] ** 2).sum(0)
+        assert np.allclose(total[total > 0], 1, atol=1e-4)
+        after, _ = run(job(path, "zero-filled"), prepared=prepared)  # which finds them made
+        assert not [m for m in after if isinstance(m, Stage) and m.name == "estimating coil maps"]
+
+
+def test_projections_have_no_coil_maps(memory_scan, monkeypatch, tmp_path):
+    monkeypatch.setattr("napari_recon.jobs.job.open_scan", lambda *_: memory_scan)
+    messages, _ = run(CoilMapsJob(scan=tmp_path / "ball.h5"))
+    assert messages[-1].kind == "input"
+    assert "no coil" in messages[-1].text
+
+
+# -- how much to regularise ----------------------------------------------------------------------------------------
+
+
+def suggested(scan, prepared=None):
+    messages, _ = run(RegularizationJob(scan=scan, device="cpu"), prepared=prepared)
+    return messages, finished(messages)
+
+
+def test_noisier_k_space_is_regularised_more_and_better_than_by_other_values(tmp_path):
+    found = {}
+    for snr in (5.0, 50.0):
+        made = simulate_mri("head", seed=3, size=SIZE, acceleration=3, coils=6, snr=snr)
+        path = write_scan(tmp_path / f"{snr}", made, coil_maps="maps.npy", truth="truth.tif")
+        np.save(path.with_name("maps.npy"), made.scan.coil_maps)
+        tifffile.imwrite(path.with_name("truth.tif"), np.abs(made.truth))
+        end = suggested(path)[1]
+        found[snr] = tau = end.figures["regularization"]
+        assert f"τ = {tau:g} " in end.provenance["suggestion"]["sentence"]
+        weights = (tau, tau / 10, tau * 10)
+        best, *others = (
+            finished(run(job(path, "padmm", regularization=w, iterations=15, start="fdk"))[0]).figures["psnr"]
+            for w in weights
+        )
+        assert best > max(others)
+    assert found[5.0] > 3 * found[50.0]
+
+
+def test_a_suggestion_for_k_space_uses_what_is_kept_and_leaves_it(scan):
+    prepared = Prepared()
+    run(job(scan, "padmm", iterations=2, start="fdk"), prepared=prepared)
+    kept = dict(prepared.things)
+    messages, end = suggested(scan, prepared)
+    assert prepared.things == kept
+    assert not any(isinstance(m, VolumeReady) for m in messages)
+    held = [row["held_out"] for row in end.provenance["suggestion"]["sweep"]]
+    assert end.figures["held_out"] == pytest.approx(min(held), rel=0.05)
+    json.dumps(end.provenance)
+
+
+def test_some_slices_are_enough_for_a_suggestion(scan, monkeypatch):
+    monkeypatch.setattr("napari_recon.jobs.regularization.LARGEST_MRI", 6 * 6 * SIZE**2)
+    messages, _ = suggested(scan)
+    (voxels,) = (m.detail for m in messages if isinstance(m, Stage) and m.name == "comparing")
+    assert sorted(int(n) for n in voxels.split() if n.isdigit()) == [6, SIZE, SIZE]
+
+
+@pytest.mark.parametrize("throughout", [[], [2], [0, 2]])
+def test_what_is_held_out_could_have_been_left_out(throughout):
+    shape = tuple(1 if axis in throughout else 24 for axis in range(3))
+    mask = np.random.default_rng(0).random(shape) < 0.3
+    mask[tuple(slice(9, 15) if n > 1 else slice(None) for n in shape)] = True
+    mask = np.broadcast_to(mask, (24, 24, 24))
+    calibration = [24 if axis in throughout else 6 for axis in range(3)]
+    held = held_out_sites(mask, calibration, throughout, seed=0)
+    assert not (held & ~mask).any()
+    assert not held[9:15, 9:15, 9:15].any()
+    assert 0.02 < held.sum() / mask.sum() < 0.12
+    for axis in throughout:  # whole lines
+        assert (held == held.take([0], axis)).all()
+
+
+def test_of_k_space_that_is_whole_something_is_held_out():
+    held = held_out_sites(np.ones((12, 24, 24), bool), (12, 24, 24), [0, 1, 2], seed=0)
+    assert 0.02 < held.mean() < 0.1
+    with pytest.raises(ScanError, match="held out"):
+        held_out_sites(np.zeros((1, 24, 24), bool), (0, 0, 0), [], seed=0)

@@ -28,6 +28,7 @@ from napari_recon.physics.mri import MultiCoilMRI
 from napari_recon.physics.normal import fit_normal_operator
 from napari_recon.physics.ramp_filtered import RampFiltered
 from napari_recon.physics.xray import XRayTransform
+from napari_recon.reconstruction.padmm import PADMM
 from napari_recon.reconstruction.unrolled import PostProcessing, UnrolledPGD
 from napari_recon.scans import Grid, ScanError
 
@@ -287,6 +288,22 @@ def test_patches_can_be_trained_with_a_normal_operator(tmp_path, monkeypatch):
     last = train(config(method={"normal": "fit"}, optimisation={"steps": 2}), tmp_path / "w.safetensors")
     assert len(fitted) == 2  # one for each number of views
     assert np.isfinite(last.figures["loss"])
+
+
+@pytest.mark.parametrize("modality", ["x-ray", "mri"])
+def test_a_network_may_be_trained_towards_the_minimiser(modality, tmp_path):
+    """What is learned is what PADMM makes of the same scan, wherever it starts."""
+    data = {"target": "minimiser", "regularization": 3e-3, "count": 1, "views": [9]}
+    method = {"name": "post-processing", "start": "fdk"}
+    if modality == "mri":
+        data |= {"modality": "mri", "kinds": ["head"], "accelerations": [3], "size": 16}
+        method["start"] = "zero-filled"
+    trainer = _Trainer(config(data=data, method=method), tmp_path / "w.safetensors")
+    with torch.no_grad():
+        list(trainer.prepare())
+        ((truth, y, physics),) = trainer._scans(*trainer.objects[0], trainer.config.data.samplings)
+    learned, found = trainer.examples[0].truth, PADMM(100, 3e-3)(y, physics, init="zeros")
+    assert (learned - found).norm() < 0.05 * (learned - truth).norm()
 
 
 def test_accumulated_batches_count_as_one(tmp_path):

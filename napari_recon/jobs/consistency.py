@@ -5,22 +5,30 @@ The stream is: ``Stage("reading")``, ``Stage("reading the volume")`` where it is
 ``Progress`` of "projected" a group of views. The figures at the end: ``residual`` ‖Ax − y‖/‖y‖; ``noise``, the standard
 deviation of the projections' noise; ``residual_to_noise``, the residual's rms over it, 1 where the volume explains all
 but the noise; ``worst_view``, the largest such ratio of a view, and ``worst_view_index`` where.
+
+Of k-space the three are (coils, D, H, W), the :func:`~napari_recon.scans.kspace.decades` of magnitudes below the
+largest measured sample, and a ``Progress`` comes with every coil. Only sites that were sampled count, and are shown.
+``noise`` is that of complex samples, √E|n|² (:func:`~napari_recon.jobs.quality.kspace_noise`), and in place of a view
+stand ``worst_coil``, over the noise of that coil, and ``worst_coil_index``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from napari_recon.jobs.job import DataConsistencyJob
 from napari_recon.jobs.memory import peak_memory
 from napari_recon.jobs.messages import Finished, Message, Progress, Stage, VolumeReady
-from napari_recon.jobs.quality import noise_level, on_grid
+from napari_recon.jobs.quality import kspace_noise, noise_level
 from napari_recon.jobs.stages import Run
-from napari_recon.jobs.volumes import read_volume
 from napari_recon.scans.errors import ScanError
+from napari_recon.scans.kspace import FAINTEST, decades
+
+if TYPE_CHECKING:  # torch is imported where a job runs, not where jobs are made
+    import torch
 
 
 class DataConsistencyRun(Run[DataConsistencyJob]):
@@ -30,8 +38,8 @@ class DataConsistencyRun(Run[DataConsistencyJob]):
         """All stages; see the module."""
         yield from self.read()
         self.control.checkpoint()
-        volume = yield from self._volume()
-        yield from self._project(volume)
+        x = yield from self._volume()
+        yield from self._make_kspace(x) if self.scan.kind == "mri" else self._project(x)
         made_by, seconds = self.made_by()
         yield Finished(self.figures, seconds, peak_memory(), None, self.complete, made_by)
 
@@ -41,21 +49,19 @@ class DataConsistencyRun(Run[DataConsistencyJob]):
         if path is not None and not path.exists():
             raise ScanError(f"There is no volume {path}: check the path.")
 
-    def _volume(self) -> Generator[Message, None, NDArray[np.float32]]:
-        path = self.job.volume
-        self.projections()
-        if path is None:
-            if "last" not in self.prepared.things:
-                raise ScanError("There is no last result on this grid to check: run once, or give a volume's file.")
-            volume: NDArray[np.float32] = self.prepared.things["last"][0, 0].numpy()
-        else:
+    def _volume(self) -> Generator[Message, None, torch.Tensor]:
+        path, kept = self.job.volume, self.prepared.things
+        if path is not None:
             yield Stage("reading the volume", path.name)
-            volume = on_grid(read_volume(path), self.grid)
-        if not np.isfinite(volume).all():
-            raise ScanError(f"The volume {path or 'of the last result'} holds NaN or infinity: choose another.")
-        return volume
+            return self.volume_from(path)
+        if "last" not in kept:
+            raise ScanError("There is no last result on this grid to check: run once, or give a volume's file.")
+        last: torch.Tensor = kept["last"].to(self.y.device)
+        if not bool(last.isfinite().all()):
+            raise ScanError("The last result holds NaN or infinity: choose another volume.")
+        return last
 
-    def _project(self, volume: NDArray[np.float32]) -> Iterator[Message]:
+    def _project(self, x: torch.Tensor) -> Iterator[Message]:
         """Project some views at a time, which a person can look at while the others come."""
         import torch
 
@@ -69,7 +75,6 @@ class DataConsistencyRun(Run[DataConsistencyJob]):
         projected, residual = control.allocate("projected", shape), control.allocate("residual", shape)
         for name in ("measured", "projected", "residual"):
             yield self._projections_ready(name)
-        x = torch.from_numpy(np.ascontiguousarray(volume))[None, None].to(self.y.device)
         begin, group = control.clock(), max(1, views // 16)
         squares = np.zeros(views)
         power = 0.0
@@ -96,6 +101,51 @@ class DataConsistencyRun(Run[DataConsistencyJob]):
             box = (now, slice(0, shape[1]), slice(0, shape[2]))
             left = passed / now.stop * (views - now.stop)
             yield Progress("projected", now.stop, views, box, None, passed, left, dict(self.figures))
+
+    def _make_kspace(self, x: torch.Tensor) -> Iterator[Message]:
+        """Make k-space of the volume a coil at a time, which a person can look at while the others come."""
+        import torch
+
+        from napari_recon.physics.mri import MultiCoilMRI
+
+        scan, control, physics = self.scan, self.control, self.physics
+        assert scan.kind == "mri"
+        yield Stage("projecting")
+        kspace, mask, noise = scan.kspace, scan.mask, kspace_noise(scan)
+        self.figures["noise"] = overall = float(np.sqrt(np.mean(noise**2)))
+        coils, sites, largest = len(kspace), int(np.count_nonzero(mask)), float(np.abs(kspace).max())
+        control.allocate("measured", kspace.shape)[...] = decades(kspace, largest)
+        for name in ("projected", "residual"):
+            control.allocate(name, kspace.shape)[...] = FAINTEST
+        for name in ("measured", "projected", "residual"):
+            yield self.ready_of_coils(name)
+        begin, squares, power = control.clock(), np.zeros(coils), 0.0
+        for coil in range(coils):
+            control.checkpoint()
+            if control.finishing:
+                self.complete = False
+                break
+            alone = MultiCoilMRI(physics.mask[0, 0], physics.coil_maps[0, coil : coil + 1], self.grid, x.device)
+            with torch.no_grad():
+                parts = alone.A(x)[0, :, 0].cpu().numpy()
+            there = parts[0] + 1j * parts[1]
+            left = there - kspace[coil]
+            control.volumes["projected"][coil] = decades(there, largest)
+            control.volumes["residual"][coil] = decades(left, largest)
+            squares[coil] = np.sum(np.abs(left) ** 2, dtype=np.float64)
+            power += float(np.sum(np.abs(kspace[coil]) ** 2, dtype=np.float64))
+            done = coil + 1
+            if power > 0:
+                self.figures["residual"] = float(np.sqrt(squares.sum() / power))
+            if overall > 0:
+                self.figures["residual_to_noise"] = float(np.sqrt(squares.sum() / (done * sites))) / overall
+                ratios = np.sqrt(squares[:done] / sites) / np.where(noise[:done] > 0, noise[:done], np.inf)
+                self.figures["worst_coil"] = float(ratios.max())
+                self.figures["worst_coil_index"] = float(ratios.argmax())
+            passed = control.clock() - begin
+            box = (slice(coil, done), *self.grid.full_box)
+            remaining = passed / done * (coils - done)
+            yield Progress("projected", done, coils, box, None, passed, remaining, dict(self.figures))
 
     def _projections_ready(self, name: str) -> VolumeReady:
         """The message that projections are there; a view is a step of 1 along the first axis."""

@@ -225,24 +225,23 @@ class PADMMParameters(_Frozen):
     TUNABLE: ClassVar[tuple[str, ...]] = ("start", "preconditioner", "iterations", "regularization", "rho")
     """What may be changed while it runs."""
 
-    @property
-    def start_weights(self) -> str | None:
-        """The weights that the start stands for, by name or path; None where it is no network's."""
+    def start_weights(self, kind: Literal["x-ray", "mri"] = "x-ray") -> str | None:
+        """The weights that the start stands for in a kind of scan, by name or path; None where it is no network's."""
         if self.start == "network":
-            return START_WEIGHTS
+            return SHIPPED_WEIGHTS[kind]
         return self.start if self.start.endswith(".safetensors") or self.start in shipped_weights() else None
 
     @property
     def start_is_computed(self) -> bool:
         """Whether the start is a volume that the job makes, beside FDK: a network's, or quick TV."""
-        return self.start == "tv" or self.start_weights is not None
+        return self.start == "tv" or self.start_weights() is not None
 
 
 STARTS = ("network", "fdk", "tv", "zeros", "last")
 """The starts of PADMM that have names."""
 
-START_WEIGHTS = "unrolled"
-"""The shipped weights that the start "network" stands for."""
+SHIPPED_WEIGHTS = {"x-ray": "unrolled", "mri": "mri"}
+"""The weights that ship for each kind of scan: what PADMM's start "network" stands for, and the usual ones."""
 
 Parameters = Annotated[
     FDKParameters
@@ -430,14 +429,15 @@ class PatchJob(_ScanJob):
 
 
 class DataConsistencyJob(_ScanJob):
-    """Project a volume and see it beside what was measured: what the volume claims and the data do not show.
+    """Project a volume, or make k-space of it, beside what was measured: what it claims and the data do not show.
 
     Attributes
     ----------
     scan, options, shape, voxel_size
         As for a reconstruction.
     volume
-        A .tif, .ome.zarr or .npy, brought onto the job's grid; None takes the last result on this grid.
+        A .tif, .ome.zarr or .npy, brought onto the job's grid; of k-space a complex .npy on its grid. None takes the
+        last result on this grid.
     device
         "auto", "cpu" or "cuda".
     seed
@@ -450,7 +450,7 @@ class DataConsistencyJob(_ScanJob):
 
 
 class RegularizationJob(_ScanJob):
-    """Suggest how much to regularise, from a sweep over τ on a binned copy of the scan.
+    """Suggest how much to regularise, from a sweep over τ on a part of the scan.
 
     Attributes
     ----------
@@ -464,6 +464,36 @@ class RegularizationJob(_ScanJob):
 
     device: str = "auto"
     seed: int = 0
+
+
+class CoilMapsJob(_ScanJob):
+    """See the coil sensitivities that k-space is reconstructed with: those of the scan, or estimated ones.
+
+    Attributes
+    ----------
+    scan, options, shape, voxel_size
+        As for a reconstruction.
+    device
+        "auto", "cpu" or "cuda".
+    seed
+        As in the other jobs; nothing is drawn.
+    """
+
+    device: str = "auto"
+    seed: int = 0
+
+    def open_scan(self) -> KSpaceScan:
+        """The scan.
+
+        Raises
+        ------
+        ScanError
+            As for other jobs, or if it is no k-space.
+        """
+        scan = super().open_scan()
+        if scan.kind != "mri":
+            raise ScanError(f"{self.scan} holds X-ray projections, which no coil has seen: open k-space.")
+        return scan
 
 
 class TrainJob(_Frozen):
@@ -489,7 +519,7 @@ class TrainJob(_Frozen):
         return self.training.device
 
 
-ScanJob = ReconstructionJob | OperatorJob | PatchJob | DataConsistencyJob | RegularizationJob
+ScanJob = ReconstructionJob | OperatorJob | PatchJob | DataConsistencyJob | RegularizationJob | CoilMapsJob
 """The jobs of a scan."""
 
 Job = ScanJob | TrainJob

@@ -144,8 +144,10 @@ def _items(job: ScanJob, geometry: Geometry, grid: Grid, on_gpu: bool, padmm_fil
         shown, kept, steps = 0, {}, {"iteration": padmm_bytes(grid, projections)}
     elif isinstance(job, DataConsistencyJob):
         shown, kept, steps = 3 * projections, {}, {"projecting": volume + projections // 4}
-    else:
+    elif isinstance(job, OperatorJob | PatchJob):
         shown, kept, steps = _operator_needs(job, grid, volume, projections)
+    else:  # coil maps, which projections have none of
+        shown, kept, steps = 0, {}, {}
     stay = {"projections": projections, "start": volume, **kept}
     steps["filtering and back projection"] = volume + 4 * min(projections, _BATCH)
     fullest = max(steps, key=lambda name: steps[name])
@@ -170,6 +172,9 @@ def _mri_items(job: ScanJob, coils: int, grid: Grid, on_gpu: bool) -> dict[str, 
             steps["iteration"] = 8 * volume
         elif isinstance(job.parameters, PADMMParameters):
             steps["iteration"] = round(1.2 * padmm_bytes(grid, 0)) * 2 + samples
+            if (weights := job.parameters.start_weights("mri")) is not None:
+                header = read_header(find_weights(weights))
+                steps["start"] = 8 * volume + samples + network_bytes(header.model) * min(64**3, grid.voxels)
         elif isinstance(job.parameters, UnrolledParameters):
             header = read_header(find_weights(job.parameters.weights))
             edge = job.parameters.patch or max(grid.shape)
@@ -177,6 +182,10 @@ def _mri_items(job: ScanJob, coils: int, grid: Grid, on_gpu: bool) -> dict[str, 
             steps["patches"] = 8 * volume + samples + network_bytes(header.model) * patch
     elif isinstance(job, OperatorJob | PatchJob):
         steps[_FITTING] = 2 * _fit_bytes(grid, terms=1, probes=8) + samples
+    elif isinstance(job, RegularizationJob):
+        steps["taking a part"] = 3 * samples
+    else:  # magnitudes and the like, of every coil
+        steps["shown volumes"] = 3 * samples // 2 + 5 * volume
     fullest = max(steps, key=lambda name: steps[name])
     # As measured, as k-space of the physics, the coil maps, and what is left over where residuals are formed.
     stay = {"samples": 3 * samples, "coil maps": samples, "volumes": 4 * volume, fullest: steps[fullest]}
@@ -192,15 +201,18 @@ def _training_items(training: TrainingConfig, on_gpu: bool) -> dict[str, int]:
     """
     data, optimisation = training.data, training.optimisation
     volume = data.size**3 * _FLOAT
-    scans = (data.count + training.validation.count) * len(data.views)
+    scans = (data.count + training.validation.count) * len(data.samplings)
     unrolled = training.method.name == "unrolled"
+    a_scan = 6 if unrolled else 2
+    if data.modality == "mri":  # each with coil maps and a mask of its own
+        a_scan = 2 * (a_scan + data.coils) + 1
     options = training.network.options
     width, blocks = int(options.get("width", 24)), int(options.get("blocks", 1))
     features = {"light": width * (3 + 8 * blocks), "unet": 760, "drunet": 1525}[training.network.name]
     applied = training.method.iterations if unrolled else 1
     patch = min(optimisation.patch, data.size) ** 3 * _FLOAT
     kept = {
-        "scans": scans * volume * (6 if unrolled else 2),
+        "scans": scans * volume * a_scan,
         "patches": round(1.3 * features * applied * optimisation.batch * patch),
     }
     simulating = 8 * 3 * volume  # twice as fine, with its projections
@@ -240,7 +252,7 @@ def _reconstruction_needs(
             steps[_FITTING] = _fit_bytes(grid, terms=1, probes=4) + 2 * projections
         if parameters.start not in ("fdk", "zeros"):
             stay["another start"] = volume
-        if (weights := parameters.start_weights) is not None:
+        if (weights := parameters.start_weights()) is not None:
             header = read_header(find_weights(weights))
             steps["start"] = 10 * volume + 12 * projections + network_bytes(header.model) * min(64**3, grid.voxels)
     elif isinstance(parameters, UnrolledParameters):

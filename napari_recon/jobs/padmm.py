@@ -15,16 +15,13 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from pydantic import ValidationError
 
 from napari_recon.jobs.job import STARTS, PADMMParameters
 from napari_recon.jobs.memory import kept_iterates, padmm_bytes, short_of
 from napari_recon.jobs.messages import Message, Notice, Progress, Stage, VolumeReady
-from napari_recon.jobs.quality import on_grid
 from napari_recon.jobs.reconstruct import ReconstructionRun
 from napari_recon.jobs.stages import advance
-from napari_recon.jobs.volumes import read_volume
 from napari_recon.learning.weights import find_weights, read_header
 from napari_recon.scans.errors import ScanError
 
@@ -55,7 +52,7 @@ class PADMMRun(ReconstructionRun):
         assert isinstance(self.job.parameters, PADMMParameters)
         self._now = self.job.parameters
         self._settings = {}
-        start, weights = self._now.start, self._now.start_weights
+        start, weights = self._now.start, self._now.start_weights()
         if weights is not None:
             read_header(find_weights(weights))
         elif start not in STARTS and not Path(start).exists():
@@ -186,7 +183,7 @@ class PADMMRun(ReconstructionRun):
     # -- the start -------------------------------------------------------------------------------------------------
 
     def _begin(self, start: str, shown: bool = True) -> Generator[Message, None, torch.Tensor | str]:
-        """The volume (1, 1, D, H, W) to start from; what is computed is kept for the next job.
+        """The volume (1, 1 or 2, D, H, W) to start from; what is computed is kept for the next job.
 
         Parameters
         ----------
@@ -195,14 +192,9 @@ class PADMMRun(ReconstructionRun):
         shown
             Whether what is computed is a volume that is shown, "start".
         """
-        import torch
-
         if start == "zeros":
             return "zeros"
-        mri = self.scan.kind == "mri"
-        if mri and start == "network":
-            yield Notice("No network for k-space ships yet, so PADMM begins with the zero-filled volume.")
-        if start == "fdk" or (mri and start == "network"):
+        if start == "fdk":
             return self.start
         kept = self.prepared.things
         if start == "last":
@@ -214,21 +206,21 @@ class PADMMRun(ReconstructionRun):
             if not bool(last.isfinite().all()):
                 raise ScanError("The last result holds NaN or infinity: choose another start.")
             return last.clone()
-        if mri:
-            raise ScanError(f"K-space cannot be started from {start}: use zeros, fdk (its zero-filled image) or last.")
-        if (parameters := PADMMParameters(start=start)).start_is_computed:
+        parameters = PADMMParameters(start=start)
+        weights = parameters.start_weights(self.scan.kind)
+        if self.scan.kind == "mri" and start == "tv":
+            raise ScanError("Quick TV is of X-rays: start k-space from network, zeros, fdk (zero-filled) or last.")
+        if parameters.start_is_computed:
             yield Stage("start", start)
-            weights = parameters.start_weights
             return (yield from self._computed(start, None if weights is None else find_weights(weights), shown))
         yield Stage("reading the start", Path(start).name)
-        volume = on_grid(read_volume(start), self.grid)
-        if not np.isfinite(volume).all():
-            raise ScanError(f"The start {start} holds NaN or infinity: choose another.")
-        return torch.from_numpy(np.array(volume, np.float32))[None, None].to(self.y.device)
+        return self.volume_from(Path(start))
 
     def _computed(self, start: str, weights: Path | None, shown: bool) -> Generator[Message, None, torch.Tensor]:
         """What quick TV, or the network of some weights, makes of the scan."""
         import torch
+
+        from napari_recon.reconstruction.streaming import Update, whole
 
         kept = self.prepared.things
         if weights is None:
@@ -239,16 +231,15 @@ class PADMMRun(ReconstructionRun):
             told = {"weights": start, "sha256": header.digest(), "card": header.card}
         if name in kept:
             if shown:
-                self.control.allocate("start", self.grid.shape)[...] = kept[name][0, 0].cpu().numpy()
-                yield self.ready("start")
+                yield from self.follow(iter([Update(whole(kept[name]), kept[name], 0, 0)]), "start", to_the_end=True)
         elif shown:
             yield from self.follow(self._starting(weights), "start")
-            volume = torch.from_numpy(self.control.volumes["start"].copy())[None, None].to(self.y.device)
+            volume = self._values("start").to(self.y.device, copy=True)
             if not self.complete:  # Finish was pressed
                 return volume
             kept[name] = volume
         else:
-            volume = torch.zeros((1, 1, *self.grid.shape), device=self.y.device)
+            volume = torch.zeros_like(self.start)
             updates = self._starting(weights)
             while (update := advance(updates)) is not None:
                 volume[(..., *update.box)] = update.values
@@ -266,6 +257,7 @@ class PADMMRun(ReconstructionRun):
             return PreconditionedTV.of("tv").stream(self.y, self.physics)
         from napari_recon.learning.networks import load_weights
 
+        self.expect_kind(read_header(weights), str(weights))
         model = load_weights(weights, self.y.device).model
         model.passes, model.stride = 1, None
         model.patch_size = min(START_PATCH, max(self.grid.shape))

@@ -1,7 +1,8 @@
-"""How far a volume is from a reference: figures with their data range and their field of view."""
+"""How far a volume is from a reference, with data range and field of view; and how noisy the data are."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,7 @@ from napari_recon.scans.errors import ScanError
 
 if TYPE_CHECKING:
     from napari_recon.scans.grid import Grid
+    from napari_recon.scans.kspace import KSpaceScan
 
 _NORMAL_MAD = 0.6745
 """Median absolute deviation of a normal distribution of standard deviation 1."""
@@ -111,6 +113,36 @@ def noise_level(projections: NDArray[np.float32]) -> float:
     slope = float(np.clip(theilslopes(logarithms, centres)[0], 0, 1)) if np.ptp(centres) > 0 else 0.0
     level = np.median((logarithms - slope * centres)[:4])
     return float(np.sqrt(np.exp(level) * np.mean(np.exp(slope * few, dtype=np.float64))))
+
+
+def kspace_noise(scan: KSpaceScan) -> NDArray[np.float64]:
+    """The noise of each coil of k-space: its standard deviation √E|n|², which is √2 times that of either part.
+
+    A noise scan tells it: 1 where k-space was prewhitened with it. Else it is told from the outermost twentieth of the
+    sampled sites (a hundred at least), where least of the object is: the magnitudes of complex white noise have the
+    median √(ln 2) times that. Objects whose finest detail is above the noise make it come out too large (synthetic
+    heads of 48³ with a mean signal of 10, 30 and 100 times the noise of a part: 1.02, 1.08 and 1.6 times), filters that
+    damped those sites too small.
+
+    Parameters
+    ----------
+    scan
+        Its samples are read.
+
+    Returns
+    -------
+    (coils,), in k-space's unit; 0 for a coil that is silent there.
+    """
+    if scan.noise is not None:
+        matrix = scan.coil_matrix
+        noise = scan.noise if matrix is None else matrix @ scan.noise
+        return np.sqrt(np.mean(np.abs(noise) ** 2, axis=1, dtype=np.float64))
+    shape = scan.mask.shape
+    places = np.meshgrid(*((np.arange(n) - n // 2) / n for n in shape), indexing="ij", sparse=True)
+    distance = np.broadcast_to(sum(place**2 for place in places), shape)[scan.mask]
+    count = min(len(distance), max(100, len(distance) // 20))
+    outermost = np.argpartition(distance, len(distance) - count)[-count:]
+    return np.array([np.median(np.abs(coil[scan.mask][outermost])) for coil in scan.kspace]) / math.sqrt(math.log(2))
 
 
 def field_of_view(grid: Grid, radius: float | None = None) -> NDArray[np.bool_]:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from napari_recon.jobs.job import (
+    SHIPPED_WEIGHTS,
     FDKParameters,
     ReconstructionJob,
     SENSEParameters,
@@ -28,7 +29,13 @@ from napari_recon.jobs.job import (
 from napari_recon.jobs.memory import drop_frames, is_out_of_memory, network_bytes, peak_memory, release_memory
 from napari_recon.jobs.messages import Finished, Message, Notice, Stage
 from napari_recon.jobs.stages import JobCancelled, Run, advance, keep_operator, operator_file
-from napari_recon.learning.weights import WeightsHeader, find_weights, outside_training, read_header
+from napari_recon.learning.weights import (
+    WeightsHeader,
+    find_weights,
+    outside_training,
+    outside_training_of_mri,
+    read_header,
+)
 from napari_recon.scans.errors import ScanError
 
 if TYPE_CHECKING:  # torch is imported where a job runs, not where jobs are made
@@ -60,8 +67,13 @@ class ReconstructionRun(Run[ReconstructionJob]):
         parameters = job.parameters
         yield from self.read()
         control.checkpoint()
-        if self.header is not None and self.scan.kind == "x-ray":
-            for sentence in outside_training(self.header.training, self.scan.geometry, self.grid):
+        if self.header is not None:
+            training, scan = self.header.training, self.scan
+            if scan.kind == "mri":
+                unlike = outside_training_of_mri(training, scan.acceleration, self.grid.shape)
+            else:
+                unlike = outside_training(training, scan.geometry, self.grid)
+            for sentence in unlike:
                 yield Notice(sentence)
         # FDK is always computed and shown: it is what to beat, and where the methods start.
         if self.scan.kind == "mri":
@@ -189,13 +201,7 @@ class ReconstructionRun(Run[ReconstructionJob]):
         header, device = self.header, self.y.device
         assert header is not None
         model = load_weights(header.path, device).model
-        complex_volumes = header.model["network"]["options"].get("channels", 1) == 2
-        if complex_volumes != (self.scan.kind == "mri"):
-            kinds = ("k-space (MRI)", "X-ray projections")
-            raise ScanError(
-                f"The weights {parameters.weights} are for {kinds[not complex_volumes]}, and {self.job.scan} holds "
-                f"{kinds[complex_volumes]}: choose others."
-            )
+        self.expect_kind(header, parameters.weights)
         self.used["weights"] = {"name": parameters.weights, "sha256": header.digest(), "card": header.card}
         options: dict[str, Any] = {}
         if isinstance(model, UnrolledPGD):
@@ -223,6 +229,16 @@ class ReconstructionRun(Run[ReconstructionJob]):
             return model.stream(self.y, self.physics, focus=lambda: self.control.point, **options)
 
         return updates
+
+    def expect_kind(self, header: WeightsHeader, name: str) -> None:
+        """Refuse a network of another kind of scans."""
+        complex_volumes = header.model["network"]["options"].get("channels", 1) == 2
+        if complex_volumes != (self.scan.kind == "mri"):
+            kinds = ("k-space (MRI)", "X-ray projections")
+            raise ScanError(
+                f"The weights {name} are for {kinds[not complex_volumes]}, and {self.job.scan} holds "
+                f"{kinds[complex_volumes]}: choose others, such as {SHIPPED_WEIGHTS[self.scan.kind]!r}."
+            )
 
     def _step_operator(self, wanted: str, model: UnrolledPGD) -> Generator[Message, None, NormalOperator | None]:
         """H of an unrolled network's steps, which may be other than AᵀA."""

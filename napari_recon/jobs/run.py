@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from napari_recon.jobs.job import (
+    CoilMapsJob,
     DataConsistencyJob,
     Job,
     OperatorJob,
@@ -32,9 +33,9 @@ def run_job(job: Job, control: Control | None = None, prepared: Prepared | None 
 
     What comes, and in which order, is told in :mod:`napari_recon.jobs.reconstruct`, :mod:`~napari_recon.jobs.padmm`,
     :mod:`~napari_recon.jobs.consistency`, :mod:`~napari_recon.jobs.regularization`,
-    :mod:`~napari_recon.jobs.operator` and :mod:`~napari_recon.jobs.training`. Every stream ends with exactly one of
-    ``Finished``, ``Cancelled`` and ``Failed``. Dropping the generator ends the job as a cancellation does; a training
-    keeps what it has.
+    :mod:`~napari_recon.jobs.coil_maps`, :mod:`~napari_recon.jobs.operator` and :mod:`~napari_recon.jobs.training`.
+    Every stream ends with exactly one of ``Finished``, ``Cancelled`` and ``Failed``. Dropping the generator ends the
+    job as a cancellation does; a training keeps what it has.
 
     Parameters
     ----------
@@ -88,6 +89,10 @@ def _run_of(job: Job, control: Control, prepared: Prepared) -> Run[Any] | TrainR
         from napari_recon.jobs.regularization import RegularizationRun
 
         return RegularizationRun(job, control, prepared)
+    if isinstance(job, CoilMapsJob):
+        from napari_recon.jobs.coil_maps import CoilMapsRun
+
+        return CoilMapsRun(job, control, prepared)
     from napari_recon.jobs.operator import OperatorRun, PatchRun  # needs torch, which the viewer must not load
 
     if isinstance(job, OperatorJob):

@@ -205,6 +205,9 @@ class Run(Generic[AnyJob]):
             plan = plan_memory(job, self.scan)
             if not plan.fits:
                 raise ScanError(plan.sentence)
+        estimates = self.scan.kind == "mri" and self.scan.recording.read_coil_maps is None
+        if estimates and "physics" not in prepared.things:
+            yield Stage("estimating coil maps")
         self.physics: Any = prepared.get("physics", lambda: self._physics(device))
         self.y: torch.Tensor = prepared.get("y", lambda: self.scan.measurements(device))
 
@@ -352,6 +355,33 @@ class Run(Generic[AnyJob]):
         volumes[name][update.box] = torch.hypot(values[0, 0], values[0, 1]).numpy()
         volumes[f"{name} phase"][update.box] = torch.atan2(values[0, 1], values[0, 0]).numpy()
 
+    def volume_from(self, path: Path) -> torch.Tensor:
+        """A volume's file as the physics takes it: (1, 1, D, H, W) on the job's grid, of k-space (1, 2, D, H, W).
+
+        Raises
+        ------
+        ScanError
+            If it cannot be read or has another shape, of k-space; or if it holds NaN or infinity.
+        """
+        import torch
+
+        from napari_recon.jobs.quality import on_grid
+        from napari_recon.jobs.volumes import read_complex_volume, read_volume
+
+        if self.scan.kind == "mri":
+            volume = read_complex_volume(path)
+            if volume.shape != self.grid.shape:
+                raise ScanError(
+                    f"The volume {path} is of {volume.shape} voxels, and {self.job.scan} fixes {self.grid.shape}: give "
+                    "one that was made of this k-space."
+                )
+            x = torch.from_numpy(np.stack([volume.real, volume.imag]))[None]
+        else:
+            x = torch.from_numpy(np.array(on_grid(read_volume(path), self.grid), np.float32))[None, None]
+        if not bool(x.isfinite().all()):
+            raise ScanError(f"The volume {path} holds NaN or infinity: choose another.")
+        return x.to(self.y.device)
+
     def load_operator(self, file: str | Path, physics: LinearPhysics | None = None) -> NormalOperator:
         """The operator of a file, or a ScanError where it belongs to another scan; the last one is kept.
 
@@ -375,6 +405,13 @@ class Run(Generic[AnyJob]):
         grid = self.grid
         handle = self.control.handles.get(name, "")
         return VolumeReady(name, grid.shape, grid.scale, grid.translate, handle=handle)
+
+    def ready_of_coils(self, name: str) -> VolumeReady:
+        """The message that a volume for each coil, (coils, D, H, W), is there; a coil is a step of 1."""
+        grid, shape = self.grid, self.control.volumes[name].shape
+        handle = self.control.handles.get(name, "")
+        scale, translate = (1.0, *grid.scale), (0.0, *grid.translate)
+        return VolumeReady(name, shape, scale, translate, handle=handle, axis_labels=("coil", "z", "y", "x"))
 
     def made_by(self) -> tuple[dict[str, Any], float]:
         """How the job's volumes were made, as JSON, and the seconds that it took so far."""

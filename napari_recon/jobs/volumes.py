@@ -175,6 +175,35 @@ def read_volume(path: str | Path) -> Volume:
     return volume
 
 
+def read_complex_volume(path: str | Path) -> NDArray[np.complex64]:
+    """A complex volume (D, H, W), as k-space is made of, from NumPy's .npy.
+
+    Raises
+    ------
+    ScanError
+        If it is missing, damaged, not 3D, or without a phase.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".npy" or not path.is_file():
+        volume = read_volume(path)  # which says what is wrong, if anything is
+        raise ScanError(
+            f"{path} holds {volume.data.dtype} numbers, and k-space is made of complex ones: the phase is missing, so "
+            "give a .npy of complex numbers."
+        )
+    try:
+        data = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ScanError(f"{path} could not be read as a volume ({error}): it may be damaged or cut short.") from error
+    if data.ndim != 3:
+        raise ScanError(f"{path} has {data.ndim} dimensions {data.shape}; a volume has three (z, y, x).")
+    if data.dtype.kind != "c":
+        raise ScanError(
+            f"{path} holds values of type {data.dtype}, and k-space is made of complex ones: the phase is missing, so "
+            "give a .npy of complex numbers."
+        )
+    return data.astype(np.complex64, copy=False)
+
+
 # -- TIFF ----------------------------------------------------------------------------------------------------------
 
 

@@ -68,6 +68,9 @@ FINER = 2
 REFRESHED = 24
 """How many scans' first passes are run anew at a time: they take longer than steps."""
 
+MINIMISER_STEPS = 60
+"""Of PADMM from the truth, where its minimiser is what is learned: within a percent of it, few views apart."""
+
 _HELD_OUT = 1_000_000  # seeds of validation objects begin here
 
 
@@ -157,6 +160,15 @@ class DataConfig(_Frozen):
         title="Random contrasts",
         description="How many of the synthetic anatomies get any contrasts instead of their tissues', so that shapes "
         "are learned and not values.",
+    )
+    target: Literal["truth", "minimiser"] = Field(
+        default="truth",
+        title="Target",
+        description="What is learned: the 'truth', or the 'minimiser' that PADMM makes of the same scan, for networks "
+        "that are only to start it.",
+    )
+    regularization: float = Field(
+        default=1e-3, ge=0, allow_inf_nan=False, title="Regularisation τ", description="Of that minimiser."
     )
 
     @property
@@ -764,12 +776,16 @@ class _Trainer:
         """Scans whose truth is known."""
         from napari_recon.physics.normal import fit_normal_operator
         from napari_recon.physics.ramp_filtered import RampFiltered
+        from napari_recon.reconstruction.padmm import PADMM
         from napari_recon.reconstruction.start import brightness
 
         for truth, y, xray in self._scans(thing, seed, samplings):
             assert truth is not None
             physics, ramp = self._physics_of(xray)
             start = self._start(y, xray, ramp)
+            if self.config.data.target == "minimiser":
+                method = PADMM(MINIMISER_STEPS, self.config.data.regularization)
+                truth = method(y, xray, init=truth if self.mri else truth.clamp(min=0))
             if self.mri:
                 inside = np.ones(truth.shape[-2:], bool)
             else:

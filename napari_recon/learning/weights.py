@@ -9,6 +9,7 @@ import hashlib
 import importlib.resources
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,41 @@ def read_header(path: str | Path) -> WeightsHeader:
         return WeightsHeader(Path(path), model | {"method": model["method"]}, metadata["card"], training, figures)
     except (KeyError, ValueError, TypeError):
         raise ScanError(f"The weights {path} do not say what network they are of; get the file again.") from None
+
+
+def outside_training_of_mri(training: dict[str, Any], acceleration: float, shape: Sequence[int]) -> list[str]:
+    """In what respects k-space is unlike that which weights were trained on, and what would be needed.
+
+    Parameters
+    ----------
+    training
+        Of a :class:`WeightsHeader`.
+    acceleration
+        Sites of k-space over sampled ones.
+    shape
+        (D, H, W) of the volume.
+
+    Returns
+    -------
+    A sentence each; none where the scan is like them.
+    """
+    trained = training.get("data", {}).get("accelerations")
+    if not trained:
+        return ["The weights do not say what they were trained on, so whether they suit this scan is unknown."]
+    found = []
+    if not min(trained) / _APART <= acceleration <= max(trained) * _APART:
+        than = "less" if acceleration < min(trained) else "more"
+        found.append(
+            f"An acceleration of {acceleration:.3g} is {than} than the weights were trained on "
+            f"({min(trained):g} to {max(trained):g}): train with [data] accelerations = [{acceleration:.2g}], or use "
+            "PADMM."
+        )
+    if shape[0] == 1:
+        found.append(
+            "The weights were trained on volumes, and this is one slice, which is shown to them as if it were repeated:"
+            " compare with PADMM."
+        )
+    return found
 
 
 def outside_training(training: dict[str, Any], geometry: Geometry, grid: Grid) -> list[str]:

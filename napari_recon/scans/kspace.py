@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 SPATIAL = (-3, -2, -1)
 
+FAINTEST = -6.0
+"""Decades below the largest sample at which k-space, as it is shown, ends; sites without a sample stand there too."""
+
 
 # -- transforms and corrections, each a function of arrays --------------------------------------------------------
 
@@ -67,6 +70,12 @@ def root_sum_of_squares(kspace: NDArray[Any]) -> NDArray[np.float32]:
     """Magnitude image of k-space (coils, D, H, W), missing samples taken as zero: (D, H, W), float32."""
     image = to_image(kspace)
     return np.sqrt((image.real**2 + image.imag**2).sum(axis=0)).astype(np.float32)
+
+
+def decades(kspace: NDArray[Any], largest: float) -> NDArray[np.float32]:
+    """K-space as it is shown: log₁₀ of its magnitude over ``largest``, not below :data:`FAINTEST`; float32."""
+    with np.errstate(divide="ignore"):  # of sites without a sample
+        return np.maximum(np.log10(np.abs(kspace) / (largest or 1.0)), FAINTEST).astype(np.float32)
 
 
 def whitening(noise: NDArray[Any]) -> NDArray[np.complex64]:

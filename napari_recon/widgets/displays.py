@@ -6,14 +6,23 @@ of its layers, which stay; those of a normal operator and of a what-if can be ar
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from napari.layers import Image
 
-from napari_recon.jobs.job import DataConsistencyJob, Job, PADMMParameters, ReconstructionJob, UnrolledParameters
+from napari_recon.jobs.job import (
+    CoilMapsJob,
+    DataConsistencyJob,
+    Job,
+    PADMMParameters,
+    ReconstructionJob,
+    UnrolledParameters,
+)
 from napari_recon.jobs.messages import Failed, Finished, Progress, VolumeReady
+from napari_recon.scans.kspace import FAINTEST
 from napari_recon.widgets import layers as shown
 
 if TYPE_CHECKING:
@@ -148,6 +157,19 @@ class Display:
         self.layers[name] = layer
         self._added.append(layer)
 
+    def _show_phase(self, message: VolumeReady, array: NDArray[np.float32]) -> None:
+        """A phase in cyclic colours, not visible, under its magnitude."""
+        of = self.layers[message.name.removesuffix(PHASE)]
+        told = self._told(message.name, "phase")
+        name, labels = of.name + PHASE, message.axis_labels
+        layer = shown.volume_layer(name, array, message.scale, message.translate, told, labels)
+        layer.colormap, layer.rendering = "hsv", "mip"
+        layer.contrast_limits_range = layer.contrast_limits = (-np.pi, np.pi)
+        layer.visible = False
+        self._add(message.name, layer, before=of)
+        self.viewer.layers.selection.active = of
+        self.live[message.name] = shown.LiveVolume(self.viewer, layer)
+
     def _told(self, name: str, shows: str) -> dict[str, Any]:
         """What a layer's metadata tells from the start."""
         return {"shows": shows, "job": self.job.model_dump(mode="json"), "volume": name}
@@ -164,6 +186,7 @@ class ReconstructionDisplay(Display):
     def __init__(self, viewer: Viewer, job: ReconstructionJob, view: str, frame: tuple[Any, ...] = ()) -> None:
         super().__init__(viewer, job, view, frame)
         self.outline: shown.PatchOutline | None = None
+        self._same_phase: Image | None = None
         self._iterates: tuple[VolumeReady, NDArray[np.float32]] | None = None
         self._kept, self._every, self._behind = 0, 1, False
 
@@ -178,14 +201,21 @@ class ReconstructionDisplay(Display):
             self._iterates = message, array
             return
         if message.name.endswith(PHASE):
-            self._show_phase(message, array)
+            if self._same_phase is not None and message.name.removesuffix(PHASE) in BASELINES:
+                self._same_phase.metadata[shown.KEY] = self._told(message.name, "phase")
+                self.layers[message.name] = self._same_phase
+                self.live[message.name] = shown.LiveVolume(self.viewer, self._same_phase)
+            else:
+                self._show_phase(message, array)
             return
         parameters, baseline = self.job.parameters, message.name in BASELINES
         mri = BASELINES[1] in (message.name, *self.layers)
         cells = (1, 1) if parameters.method in BASELINES else (1, 2)
-        if isinstance(parameters, PADMMParameters) and parameters.start_is_computed and not mri:
+        if isinstance(parameters, PADMMParameters) and parameters.start_is_computed:
             cells = (1, 3)
         layer = self._same_fdk(array) if baseline else None
+        if layer is not None:
+            self._same_phase = phase_of(layer, self.viewer.layers)
         if baseline:
             volumetric = self.view != "slices" and min(array.shape) >= THIN
             self._begin([layer] if layer else [], cells, 3 if volumetric else 2)
@@ -212,18 +242,6 @@ class ReconstructionDisplay(Display):
             shown.look_at(self.viewer, [layer], cells, fill=1.15 if self.viewer.dims.ndisplay == 3 else 0.96)
         if message.name == "result":
             self.outline = shown.PatchOutline(self.viewer, layer)
-
-    def _show_phase(self, message: VolumeReady, array: NDArray[np.float32]) -> None:
-        """A phase in cyclic colours, not visible, under its magnitude."""
-        of = self.layers[message.name.removesuffix(PHASE)]
-        told = self._told(message.name, "phase")
-        layer = shown.volume_layer(of.name + PHASE, array, message.scale, message.translate, told)
-        layer.colormap, layer.rendering = "hsv", "mip"
-        layer.contrast_limits_range = layer.contrast_limits = (-np.pi, np.pi)
-        layer.visible = False
-        self._add(message.name, layer, before=of)
-        self.viewer.layers.selection.active = of
-        self.live[message.name] = shown.LiveVolume(self.viewer, layer)
 
     def draw(self, progress: Progress | None) -> None:
         """Bring changed boxes and the outline onto the screen."""
@@ -336,8 +354,39 @@ class NothingShown(Display):
     """The display of a job that has no volumes."""
 
 
+class CoilMapsDisplay(Display):
+    """The magnitudes of coil maps, coils being an axis to step through, and their phases, not visible.
+
+    Attributes
+    ----------
+    of
+        What they are of.
+    """
+
+    job: CoilMapsJob
+    of = ""
+
+    def show(self, message: VolumeReady, array: NDArray[np.float32]) -> None:
+        """They take the place of those that were shown before."""
+        if message.name.endswith(PHASE):
+            self._show_phase(message, array)
+            return
+        for layer in [x for x in self.viewer.layers if isinstance(told_by(x).get("job"), dict)]:
+            if told_by(layer).get("volume") in (message.name, message.name + PHASE):
+                self.viewer.layers.remove(layer)
+        self._begin([], (1, 1), 2)
+        told = self._told(message.name, "coil maps")
+        layer = shown.volume_layer(self.of, array, message.scale, message.translate, told, message.axis_labels)
+        layer.colormap, layer.rendering = "gray", "mip"
+        self._add(message.name, layer)
+        self.live[message.name] = shown.LiveVolume(self.viewer, layer)
+        shown.look_at(self.viewer, [layer])
+
+
 class DataConsistencyDisplay(Display):
     """What was measured, what the volume projects to, and their difference, view by view, side by side.
+
+    k-space is shown as the scan's is, coil by coil, its difference in the same decades.
 
     Attributes
     ----------
@@ -354,6 +403,9 @@ class DataConsistencyDisplay(Display):
         if not self.layers:
             self._begin([], (1, 3), 2)
         of = f" of {self.of}" if self.of else ""
+        if message.axis_labels[0] == "coil":
+            self._show_kspace(message, array, of)
+            return
         title = {"measured": "measured", "projected": f"projection{of}", "residual": f"residual{of}"}[name]
         told = self._told(name, "data consistency")
         # Views have an axis of their own, else volumes and their z would stretch it; z is one slab.
@@ -379,9 +431,30 @@ class DataConsistencyDisplay(Display):
             shown.look_at(self.viewer, [layer], (1, 3))
             self.viewer.dims.set_point((self.viewer.dims.ndim - 4, self.viewer.dims.ndim - 3), (first_view, 0.0))
 
+    def _show_kspace(self, message: VolumeReady, array: NDArray[np.float32], of: str) -> None:
+        """All three in the decades of what was measured."""
+        name = message.name
+        title = {"measured": "measured k-space", "projected": f"k-space{of}", "residual": f"residual{of}"}[name]
+        told = self._told(name, "data consistency")
+        layer = shown.volume_layer(title, array, message.scale, message.translate, told, message.axis_labels)
+        layer.colormap, layer.rendering = "gray", "mip"
+        layer.contrast_limits_range, layer.contrast_limits = (FAINTEST, 0.0), shown.DECADES
+        shown.show_name(layer, 11)
+        self._add(name, layer)
+        self.live[name] = shown.LiveVolume(self.viewer, layer)
+        shown.link([live.layer for live in self.live.values()])
+        if name == "measured":
+            shown.look_at(self.viewer, [layer], (1, 3))
+            self.viewer.dims.set_point(self.viewer.dims.ndim - 4, 0.0)  # the first coil is the first to come
+            shown.go_to_centre(self.viewer, layer)
+
     def progressed(self, message: Progress) -> None:
         """Projection and residual have new views; the residual's colours reach four times the noise."""
         views, *pixels = message.box
+        if len(pixels) == 3:  # a coil of k-space
+            for live in self.live.values():
+                live.changed(message.box)
+            return
         for live in self.live.values():
             live.changed((views, slice(0, 1), *pixels))
         residual = self.layers.get("residual")
@@ -418,6 +491,24 @@ def told_by(layer: Layer) -> dict[str, Any]:
     """What a layer's metadata tells of how it was made; empty where it is not ours."""
     told = layer.metadata.get(shown.KEY)
     return told if isinstance(told, dict) else {}
+
+
+def phase_of(layer: Layer, among: Iterable[Layer]) -> Image | None:
+    """The layer that holds the phase of a complex volume, whose magnitude a layer is; None where there is none."""
+    told = told_by(layer)
+    if "volume" not in told:
+        return None
+    wanted = told | {"volume": told["volume"] + PHASE, "shows": "phase"}
+    same = ("volume", "shows", "job", "provenance")
+    for other in among:
+        if isinstance(other, Image) and all(told_by(other).get(name) == wanted.get(name) for name in same):
+            return other
+    return None
+
+
+def write_complex(layer: Image, phase: Image, path: Path) -> None:
+    """Write the complex volume of two layers as a .npy; takes a while: call it from a thread."""
+    np.save(path, (np.asarray(layer.data) * np.exp(1j * np.asarray(phase.data))).astype(np.complex64))
 
 
 def _fdk_identity(job: dict[str, Any]) -> tuple[Any, ...]:

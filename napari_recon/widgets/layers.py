@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from napari_recon.jobs.messages import Region
 from napari_recon.scans.errors import ScanError
 from napari_recon.scans.grid import Grid
+from napari_recon.scans.kspace import decades, to_image
 
 if TYPE_CHECKING:
     from napari.layers import Layer
@@ -39,6 +40,8 @@ LINKED = ("contrast_limits_range", "contrast_limits", "colormap", "gamma", "rend
 """What side by side volumes share, so that a difference seen is a difference of values."""
 
 
+DECADES = (-5.0, 0.0)
+"""Contrast limits of k-space, which is shown in decades below its largest sample."""
 LOOK = (-0.26, 0.93, 0.26)
 """Where the camera looks, (z, y, x)."""
 CUT = (0.0, 1.0, 0.0)
@@ -185,6 +188,12 @@ def look_at(viewer: Viewer, layers: Sequence[Layer], cells: Cells = (1, 1), fill
     height, width = np.maximum(np.abs(across) @ (high - low), 1e-9).tolist()
     rows, columns = viewer.canvas.size
     camera.zoom = fill * min(rows / cells[0] / height, columns / cells[1] / width)
+
+
+def go_to_centre(viewer: Viewer, layer: Image) -> None:
+    """Step to the planes with the centre of k-space, at index n // 2 of its axes; that is where its energy is."""
+    centre = layer.data_to_world([n // 2 for n in layer.data.shape])[-3:]
+    viewer.dims.set_point(range(viewer.dims.ndim - 3, viewer.dims.ndim), centre)
 
 
 def displayed_axes(viewer: Viewer, layer: Layer) -> list[int]:
@@ -535,19 +544,18 @@ def tubes(paths: Sequence[NDArray[np.float64]], radius: float) -> tuple[NDArray[
 
 
 def kspace(scan: KSpaceScan) -> list[dict[str, Any]]:
-    """A scan's k-space, sampling mask and coils, each as the arguments of an Image layer.
+    """A scan's k-space, sampling mask and coils' images, each as the arguments of an Image layer.
 
     Reads all: call it from a thread.
 
-    k-space is shown as the logarithm of its magnitude, in decades below the largest sample; the coils' images, and
-    their sensitivities where the scan brings them, by their magnitudes. Coils are an axis to step through.
+    k-space is shown as the logarithm of its magnitude, in decades below the largest sample; the coils' images by their
+    magnitudes. Coils are an axis to step through.
 
     Raises
     ------
     ScanError
         If the samples cannot be read.
     """
-    from napari_recon.scans.kspace import to_image
 
     def arguments(what: str, values: NDArray[Any], limits: tuple[float, float], visible: bool) -> dict[str, Any]:
         return {
@@ -563,19 +571,13 @@ def kspace(scan: KSpaceScan) -> list[dict[str, Any]]:
             "metadata": {KEY: {"scan": str(scan.path), "options": scan.options.model_dump(mode="json")}},
         }
 
-    samples = np.abs(scan.kspace)
-    largest = float(samples.max()) or 1.0
-    decades = np.log10(np.maximum(samples / largest, 1e-6), dtype=np.float32)
     images = np.abs(to_image(scan.kspace))
     bright = float(np.percentile(images[:: max(1, len(images) // 4)], 99.8)) or 1.0
-    found = [
+    return [
         arguments("coil images", images, (0.0, bright), False),
         arguments("sampling mask", scan.mask, (0.0, 1.0), False),
-        arguments("k-space, log₁₀", decades, (-5.0, 0.0), True),
+        arguments("k-space, log₁₀", decades(scan.kspace, float(np.abs(scan.kspace).max())), DECADES, True),
     ]
-    if scan.coil_maps is not None:
-        found.insert(0, arguments("coil maps", np.abs(scan.coil_maps), (0.0, 1.0), False))
-    return found
 
 
 def projections(scan: Scan) -> tuple[Any, dict[str, Any]]:

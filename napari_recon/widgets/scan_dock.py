@@ -19,6 +19,7 @@ from qtpy.QtWidgets import (
     QWidget,
 )
 
+from napari_recon.jobs.job import CoilMapsJob
 from napari_recon.scans.kspace import KSpaceOptions
 from napari_recon.scans.scan import ScanOptions
 from napari_recon.widgets.forms import ModelForm
@@ -95,7 +96,13 @@ class ScanDock(Scrolled):
         row = QHBoxLayout()
         row.setSpacing(4)
         row.addWidget(self.show_projections)
+        self.show_coil_maps = QPushButton("Show coil maps")
+        self.show_coil_maps.setToolTip(
+            "Add the coils' sensitivities as layers, magnitude and phase: those of the scan, or else estimated ones."
+        )
+        self.show_coil_maps.clicked.connect(self.session.add_coil_maps)
         row.addWidget(self.show_geometry)
+        row.addWidget(self.show_coil_maps)
         details.addLayout(row)
         layout.addWidget(self.details)
         layout.addStretch(1)
@@ -109,6 +116,8 @@ class ScanDock(Scrolled):
         self.session.busy_changed.connect(self._show_busy)
         self.session.scan_changed.connect(self._show_scan)
         self.session.checks_changed.connect(self._show_checks)
+        self.session.state_changed.connect(self._show_state)
+        self.session.stage_changed.connect(self._show_state)
         self._show_scan()
         self._show_checks()
 
@@ -193,6 +202,8 @@ class ScanDock(Scrolled):
         self.corrections.setVisible(not mri)
         self.coils_and_samples.setVisible(mri)
         self.show_geometry.setVisible(not mri)
+        self.show_coil_maps.setVisible(mri)
+        self._show_state()
         self.show_projections.setText("Show k-space" if mri else "Show projections")
         self.show_projections.setToolTip(
             "Add k-space, its sampling mask, and the coils' images as layers."
@@ -210,6 +221,13 @@ class ScanDock(Scrolled):
             form.suggest("axis_offset", round(float(scan.recording.geometry.axis_offset.mean()), 2))
         form.set_value(scan.options)
         form.blockSignals(False)
+
+    def _show_state(self, _: str = "") -> None:
+        """Coil maps are the process's work, which does one thing at a time."""
+        idle = self.session.state == "idle"
+        self.show_coil_maps.setEnabled(idle)
+        if isinstance(self.session.job, CoilMapsJob):
+            self._show_busy("" if idle else f"{self.session.stage} …")
 
     def _show_checks(self) -> None:
         checks = self.session.checks

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from qtpy.QtCore import QEvent, QObject, QTimer, Signal
 
 from napari_recon.jobs.job import (
+    CoilMapsJob,
     DataConsistencyJob,
     Job,
     OperatorJob,
@@ -48,12 +49,15 @@ from napari_recon.scans.kspace import KSpaceOptions, KSpaceScan
 from napari_recon.scans.scan import Scan, ScanOptions, open_scan
 from napari_recon.widgets import layers as shown
 from napari_recon.widgets.displays import (
+    CoilMapsDisplay,
     DataConsistencyDisplay,
     Display,
     NothingShown,
     ReconstructionDisplay,
+    phase_of,
     run_name,
     told_by,
+    write_complex,
 )
 from napari_recon.widgets.operator_displays import OperatorDisplay, PatchDisplay, write_layer
 from napari_recon.widgets.training_display import TrainingDisplay
@@ -81,6 +85,7 @@ DISPLAYS: dict[type[Job], type[Display]] = {
     ReconstructionJob: ReconstructionDisplay,
     DataConsistencyJob: DataConsistencyDisplay,
     RegularizationJob: NothingShown,
+    CoilMapsJob: CoilMapsDisplay,
     OperatorJob: OperatorDisplay,
     PatchJob: PatchDisplay,
     TrainJob: TrainingDisplay,
@@ -401,6 +406,12 @@ class Session(QObject):
 
         self._in_thread("projections", lambda: shown.kspace(scan), done)
 
+    def add_coil_maps(self) -> None:
+        """Let the process show the coil maps of k-space, which it may have to estimate."""
+        scan = self.scan
+        if scan is not None and scan.kind == "mri":
+            self.run(CoilMapsJob(scan=scan.path, options=scan.options))
+
     def add_geometry(self) -> None:
         """Show where source and detector were, and the volume's box, in 3D."""
         if self.scan is None or self.scan.kind == "mri":
@@ -431,6 +442,8 @@ class Session(QObject):
                 shown.look_at(self.viewer, layers)
             else:
                 self.viewer.fit_to_view(layers=layers)
+                if self.scan is not None and self.scan.kind == "mri":
+                    shown.go_to_centre(self.viewer, layers[-1])
 
     def _on_layer_inserted(self, event: Any) -> None:
         self._adopt(event.value)
@@ -484,7 +497,8 @@ class Session(QObject):
             The job.
         x
             A layer that the job is to take as its volume (an :class:`OperatorJob` judges the operator on it, a
-            :class:`DataConsistencyJob` projects it, a PADMM starts from it): it is handed over as a file.
+            :class:`DataConsistencyJob` projects it, a PADMM starts from it): it is handed over as a file, with its
+            phase where k-space is made of it.
         """
         if self.state != "idle":
             show_warning("A job runs already: press Finish or Cancel first.")
@@ -504,6 +518,10 @@ class Session(QObject):
             self.display.x = None if x is None else x.name
         elif isinstance(self.display, DataConsistencyDisplay):
             self.display.of = "" if x is None else x.name
+        elif isinstance(self.display, CoilMapsDisplay):
+            assert isinstance(self.scan, KSpaceScan)
+            estimated = self.scan.recording.read_coil_maps is None
+            self.display.of = f"{self.scan.name}: coil maps{', estimated' if estimated else ''}"
         elif isinstance(self.display, PatchDisplay):
             self._former, self.patch = self.patch, self.display
             self.place_moved = False
@@ -521,20 +539,37 @@ class Session(QObject):
             else:
                 self._submit(with_volume(job, path))
 
-        self._hand_over(x, written, lambda text: self._end(Failed("input", text)))
+        takes_phase = isinstance(job, DataConsistencyJob | ReconstructionJob)
+        self._hand_over(x, written, lambda text: self._end(Failed("input", text)), takes_phase)
 
-    def _hand_over(self, x: Image, done: Callable[[Path], None], failed: Callable[[str], None]) -> None:
-        """Write a layer where the process can read it, in a thread; the files go when the job ends."""
+    def _hand_over(
+        self,
+        x: Image,
+        done: Callable[[Path], None],
+        failed: Callable[[str], None],
+        takes_phase: bool = True,
+    ) -> None:
+        """Write a layer where the process can read it, in a thread; the files go when the job ends.
+
+        Of k-space with its phase, where the job ``takes_phase``.
+        """
+        phase = phase_of(x, self.viewer.layers) if takes_phase and isinstance(self.scan, KSpaceScan) else None
         if self._handed_over is None:
             self._handed_over = Path(tempfile.mkdtemp(prefix="napari-recon-"))
         name = "".join(c if c.isalnum() or c in "-_" else "_" for c in x.name)  # provenance will name the file
-        path = self._handed_over / f"{name or 'layer'}.tif"
+        path = self._handed_over / f"{name or 'layer'}.{'tif' if phase is None else 'npy'}"
         self._set_stage(f"handing {x.name} over")
 
         def sorry(error: Exception) -> None:
             failed(str(error) if isinstance(error, ScanError) else f"The layer could not be handed over: {error}.")
 
-        self._in_thread("hand over", lambda: write_layer(x, path), lambda _: done(path), sorry)
+        def write() -> None:
+            if phase is None:
+                write_layer(x, path)
+            else:
+                write_complex(x, phase, path)
+
+        self._in_thread("hand over", write, lambda _: done(path), sorry)
 
     def tune(self, parameters: PADMMParameters, start: Image | None = None) -> None:
         """Let the PADMM that runs go on with other parameters, from its next iteration on.
