@@ -37,6 +37,8 @@ _FLOAT = 4
 _BATCH = 64 * 2**20
 """How much of the projections is read, and filtered, at a time."""
 _CUDA_LIBRARIES = 2 * 2**30
+_ESPIRIT = 200 * 2**20
+"""What estimating coil maps takes on its coarse grid, for eight coils."""
 _CONVOLUTIONS = 96 * 2**20
 """Compiled convolutions and their scratch, whatever the patch."""
 _ITERATES = 2**30
@@ -100,7 +102,7 @@ def plan_memory(job: Job, scan: Scan | KSpaceScan | None = None) -> MemoryPlan:
         scan = job.open_scan()
     grid = scan.default_grid(job.shape, job.voxel_size)
     if isinstance(scan, KSpaceScan):
-        items = _mri_items(job, scan.coils, grid, on_gpu)
+        items = _mri_items(job, scan, on_gpu)
         what = f"A volume of {' x '.join(map(str, grid.shape))} voxels from k-space of {scan.coils} coils"
         return _plan(job, items, on_gpu, what, lambda *_: "compress to fewer coils")
     geometry = scan.geometry
@@ -163,10 +165,14 @@ def _items(job: ScanJob, geometry: Geometry, grid: Grid, on_gpu: bool, padmm_fil
     }
 
 
-def _mri_items(job: ScanJob, coils: int, grid: Grid, on_gpu: bool) -> dict[str, int]:
+def _mri_items(job: ScanJob, scan: KSpaceScan, on_gpu: bool) -> dict[str, int]:
     """Bytes by purpose of k-space: all coils' samples and maps stay; a coil at a time is transformed."""
+    coils, grid = scan.coils, scan.grid
     volume = 2 * grid.voxels * _FLOAT  # complex
     samples, steps = coils * volume, {"transform": 5 * volume}
+    if scan.recording.read_coil_maps is None:
+        steps["estimating coil maps"] = _ESPIRIT + 3 * samples
+    network = 0
     if isinstance(job, ReconstructionJob):
         if job.parameters.method == "sense":
             steps["iteration"] = 8 * volume
@@ -174,9 +180,11 @@ def _mri_items(job: ScanJob, coils: int, grid: Grid, on_gpu: bool) -> dict[str, 
             steps["iteration"] = round(1.2 * padmm_bytes(grid, 0)) * 2 + samples
             if (weights := job.parameters.start_weights("mri")) is not None:
                 header = read_header(find_weights(weights))
+                network = _CONVOLUTIONS + 2 * header.path.stat().st_size
                 steps["start"] = 8 * volume + samples + network_bytes(header.model) * min(64**3, grid.voxels)
         elif isinstance(job.parameters, UnrolledParameters):
             header = read_header(find_weights(job.parameters.weights))
+            network = _CONVOLUTIONS + 2 * header.path.stat().st_size
             edge = job.parameters.patch or max(grid.shape)
             patch = math.prod(min(edge, n) for n in grid.shape)
             steps["patches"] = 8 * volume + samples + network_bytes(header.model) * patch
@@ -189,6 +197,8 @@ def _mri_items(job: ScanJob, coils: int, grid: Grid, on_gpu: bool) -> dict[str, 
     fullest = max(steps, key=lambda name: steps[name])
     # As measured, as k-space of the physics, the coil maps, and what is left over where residuals are formed.
     stay = {"samples": 3 * samples, "coil maps": samples, "volumes": 4 * volume, fullest: steps[fullest]}
+    if network:
+        stay["network"] = network
     if not on_gpu:
         return stay
     return {"libraries": _CUDA_LIBRARIES, "reading": 2 * samples, **{f"GPU: {n}": b for n, b in stay.items()}}

@@ -14,6 +14,7 @@ import numpy as np
 from napari.layers import Image
 
 from napari_recon.jobs.job import (
+    SHIPPED_WEIGHTS,
     CoilMapsJob,
     DataConsistencyJob,
     Job,
@@ -468,7 +469,7 @@ def method_name(job: ReconstructionJob) -> str:
     name = METHOD_NAMES.get(job.parameters.method, job.parameters.method.upper())
     if isinstance(job.parameters, UnrolledParameters):  # results of several weights stand beside each other
         weights = Path(job.parameters.weights).stem
-        return name if weights == job.parameters.method else f"{name} {weights}"
+        return name if weights in SHIPPED_WEIGHTS.values() else f"{name} {weights}"
     return f"Partitioned {name}" if getattr(job.parameters, "patch", None) else name
 
 
