@@ -19,8 +19,7 @@ import tomli_w
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from napari_recon.learning import phantoms
-from napari_recon.learning.anatomy import anatomy_grid, make_anatomy
+from napari_recon.learning import anatomy, phantoms
 from napari_recon.learning.simulate import expect_new, new_folder
 from napari_recon.scans.errors import ScanError
 from napari_recon.scans.grid import Grid
@@ -31,8 +30,8 @@ from napari_recon.scans.sampling import sampling_mask
 Complex = NDArray[np.complex64]
 Sampling = Literal["poisson", "gaussian"]
 
-KINDS = ("head", *phantoms.KINDS)
-"""What can be scanned: an anatomy (for training and trying) and phantoms (for judging)."""
+KINDS = (*anatomy.KINDS, *phantoms.KINDS)
+"""What can be scanned: anatomies (for training and trying) and phantoms (for judging)."""
 
 # Signal of tissues in common sequences, in units of the brightest; what is not named gives none.
 WEIGHTINGS: dict[str, dict[str, float]] = {
@@ -118,7 +117,8 @@ def simulate_mri(
     Parameters
     ----------
     kind
-        ``"head"``, or a phantom of :data:`napari_recon.learning.phantoms.KINDS`.
+        An anatomy of :data:`napari_recon.learning.anatomy.KINDS`, or a phantom of
+        :data:`napari_recon.learning.phantoms.KINDS`.
     seed
         Of object, phase, coils, sampling and noise.
     size
@@ -155,9 +155,9 @@ def simulate_mri(
     # A generator for each, so that more coils or another noise do not make another object.
     of_object, of_phase, of_coils, of_noise = (np.random.default_rng([seed, 100 + k]) for k in range(4))
     shape = (size, size, size)
-    if kind == "head":
-        grid = anatomy_grid(kind, size)
-        magnitude = _head(of_object, seed, size, weighting)
+    if kind in anatomy.KINDS:
+        grid = anatomy.anatomy_grid(kind, size)
+        magnitude = _anatomy(kind, of_object, seed, size, weighting)
         phase, maps = _smooth_phase(of_phase, shape), _loops(of_coils, coils, shape)
     else:
         grid = Grid(shape, 34.0 / size)
@@ -242,8 +242,20 @@ def write_mri(kind: str, folder: str | Path, *, coil_maps: bool = False, **optio
 # -- objects -------------------------------------------------------------------------------------------------------
 
 
+def _anatomy(kind: str, rng: np.random.Generator, seed: int, size: int, weighting: str | None) -> NDArray[np.float32]:
+    """The magnitude of an anatomy, with a texture: of any contrasts, unless it is a head."""
+    if kind == "head":
+        magnitude = _head(rng, seed, size, weighting)
+    else:  # of which WEIGHTINGS know no tissues
+        magnitude = anatomy.with_random_contrasts(anatomy.make_anatomy(kind, seed, size), seed)
+        magnitude = np.clip(magnitude, 0, None) / max(float(np.quantile(magnitude, 0.999)), 1e-12)
+    for spacing, amount in ((3.0, rng.uniform(0.01, 0.04)), (size / 8, rng.uniform(0.0, 0.06))):
+        magnitude = magnitude * (1 + amount * _smooth(rng, magnitude.shape, spacing))
+    return np.clip(magnitude, 0, None).astype(np.float32)
+
+
 def _head(rng: np.random.Generator, seed: int, size: int, weighting: str | None) -> NDArray[np.float32]:
-    """The magnitude of a head: between two sequences, tissues somewhat off, with a texture."""
+    """Between two sequences, tissues somewhat off."""
     names = list(WEIGHTINGS)
     first = weighting or names[rng.choice(len(names), p=(0.5, 0.3, 0.2))]
     other, share = names[rng.integers(len(names))], rng.uniform(0, 0.3)
@@ -251,10 +263,7 @@ def _head(rng: np.random.Generator, seed: int, size: int, weighting: str | None)
         tissue: ((1 - share) * value + share * WEIGHTINGS[other][tissue]) * math.exp(rng.normal(scale=0.1))
         for tissue, value in WEIGHTINGS[first].items()
     }
-    magnitude = make_anatomy("head", seed, size, values=signal).volume
-    for spacing, amount in ((3.0, rng.uniform(0.01, 0.04)), (size / 8, rng.uniform(0.0, 0.06))):
-        magnitude = magnitude * (1 + amount * _smooth(rng, magnitude.shape, spacing))
-    return np.clip(magnitude, 0, None).astype(np.float32)
+    return anatomy.make_anatomy("head", seed, size, values=signal).volume
 
 
 def _smooth(rng: np.random.Generator, shape: tuple[int, ...], spacing: float) -> NDArray[np.float32]:
