@@ -344,7 +344,7 @@ def simulate(
         typer.Argument(
             metavar="KIND",
             help="Phantom: walnut, shepp-logan, ellipsoids, blobs; anatomy: head, thorax, limb, vessels, shell, foam; "
-            "k-space: mri-head, mri-ellipsoids, mri-blobs.",
+            "k-space: mri- and any of these, such as mri-head.",
         ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="A folder to make.")],

@@ -20,7 +20,7 @@ def test_the_same_seed_is_the_same_scan(kind):
     assert not np.array_equal(first.scan.mask, other.scan.mask)
 
 
-@pytest.mark.parametrize("kind", ["head", "textured-walnut"])
+@pytest.mark.parametrize("kind", ["head", "vessels", "textured-walnut"])
 def test_full_sampling_shows_the_truth(kind):
     simulated = simulate_mri(kind, 0, 16, 1, coils=5, snr=None)
     combined = (simulated.scan.coil_maps.conj() * to_image(simulated.scan.kspace)).sum(0)
@@ -98,7 +98,7 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"kind": "foam"}, {"size": 4}, {"coils": 0}, {"snr": -1.0}, {"weighting": "T3"}, {"acceleration": 0.5}]
+    "options", [{"kind": "brain"}, {"size": 4}, {"coils": 0}, {"snr": -1.0}, {"weighting": "T3"}, {"acceleration": 0.5}]
 )
 def test_what_cannot_be_simulated_is_said(options):
     with pytest.raises(ScanError):

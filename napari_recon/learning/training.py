@@ -84,7 +84,7 @@ class DataConfig(_Frozen):
     modality: Literal["x-ray", "mri"] = Field(
         default="x-ray",
         title="Modality",
-        description="Cone-beam projections of anatomies, or multi-coil k-space of heads (kinds = head, or phantoms).",
+        description="Cone-beam projections of anatomies, or multi-coil k-space of them.",
     )
     kinds: tuple[str, ...] = Field(
         default=("head", "thorax", "limb", "vessels", "shell", "foam"),
