@@ -130,9 +130,15 @@ def test_padmm_goes_on_from_the_last_result(scan):
 
 
 def test_what_only_x_rays_have_is_refused_in_a_sentence(scan):
-    for parameters in ({"weighted": True}, {"start": "tv"}):
-        messages, _ = run(job(scan, "padmm", **parameters))
-        assert messages[-1].kind == "input", messages[-1]
+    messages, _ = run(job(scan, "padmm", weighted=True))
+    assert messages[-1].kind == "input", messages[-1]
+
+
+def test_quick_tv_is_a_start_of_k_space(scan):
+    messages, volumes = run(job(scan, "padmm", iterations=1, start="tv"))
+    first = finished(messages).figures["psnr"]
+    assert {"start", "start phase"} <= set(volumes)
+    assert first > finished(run(job(scan, "padmm", iterations=1, start="fdk"))[0]).figures["psnr"] + 1
 
 
 def test_finish_before_the_method_keeps_the_zero_filled_image(scan):

@@ -212,10 +212,10 @@ def test_networks_of_mri_are_trained_on_heads(method, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"method": {"start": "tv"}}, "method.start"),
+        ({"method": {"start": "least-squares"}}, "method.start"),
         ({"method": {"step": "ramp"}}, "method.step"),
         ({"data": {"folder": "."}}, "data.folder"),
-        ({"data": {"kinds": ["thorax"]}}, "thorax"),
+        ({"data": {"kinds": ["brain"]}}, "brain"),
     ],
 )
 def test_what_only_x_rays_have_is_refused_for_mri(changes, word, tmp_path):

@@ -208,8 +208,6 @@ class PADMMRun(ReconstructionRun):
             return last.clone()
         parameters = PADMMParameters(start=start)
         weights = parameters.start_weights(self.scan.kind)
-        if self.scan.kind == "mri" and start == "tv":
-            raise ScanError("Quick TV is of X-rays: start k-space from network, zeros, fdk (zero-filled) or last.")
         if parameters.start_is_computed:
             yield Stage("start", start)
             return (yield from self._computed(start, None if weights is None else find_weights(weights), shown))

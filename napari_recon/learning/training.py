@@ -224,7 +224,7 @@ class MethodConfig(_Frozen):
         default="tv",
         title="Start",
         description="FDK, or some ramp-filtered steps of least squares or of total variation after it; of 'mri' the "
-        "zero-filled volume, or CG-SENSE.",
+        "zero-filled volume, CG-SENSE, or total variation.",
     )
     memory: bool = Field(
         default=False,
@@ -1267,8 +1267,8 @@ def _expect_for_mri(config: TrainingConfig) -> None:
     method, data = config.method, config.data
     if data.scans is not None or data.folder is not None:
         raise ScanError("data.modality = 'mri' trains on simulated k-space only: leave data.scans and data.folder out.")
-    if method.start in ("fdk", "least-squares", "tv"):
-        raise ScanError(f"method.start = {method.start!r} is of X-rays: use 'zero-filled' or 'sense' for 'mri'.")
+    if method.start in ("fdk", "least-squares"):
+        raise ScanError(f"method.start = {method.start!r} is of X-rays: use 'zero-filled', 'sense' or 'tv' for 'mri'.")
     if method.name == "unrolled" and method.step != "gradient":
         raise ScanError("method.step = 'ramp' is of X-rays: use 'gradient' for 'mri'.")
 

@@ -19,6 +19,7 @@ from napari_recon.reconstruction.start import (
     Start,
     brightness,
     data_volume,
+    is_mri,
     is_xray,
     operator_sqnorm,
     start_volume,
@@ -31,6 +32,9 @@ WEIGHT_PER_VIEW = 0.04
 
 LARGEST_WEIGHT = 0.01
 """... as long as views are missing; from a quarter as many views as voxels on, the weight stays."""
+
+WEIGHT_OF_MRI = 2e-3
+"""Relative weight of TV where k-space is 5 to 10 times undersampled."""
 
 
 class TVPrior(dinv.optim.Prior):
@@ -435,7 +439,8 @@ class PreconditionedTV(StreamingReconstructor):
     """Total variation in a few steps: ½‖F^½(Ax − y)‖² + weight · TV(x), x >= 0, the residual being ramp-filtered.
 
     The objective is not that of :class:`TV`, in which low frequencies weigh more, but its steps converge several times
-    faster, and where they end is about as good (docs/benchmarks.md). For physics without a ramp it is TV.
+    faster, and where they end is about as good (docs/benchmarks.md). For physics without a ramp it is TV, of MRI with
+    the real and imaginary parts each on its own, of either sign.
 
     Parameters
     ----------
@@ -443,8 +448,8 @@ class PreconditionedTV(StreamingReconstructor):
         Gradient steps.
     regularization
         Relative weight, see :func:`tv_threshold`; None takes :data:`WEIGHT_PER_VIEW` times the views per voxel across
-        the volume: the more of it is measured, the more noise there is to damp, and the less is missing. 0 leaves least
-        squares.
+        the volume: the more of it is measured, the more noise there is to damp, and the less is missing; of MRI
+        :data:`WEIGHT_OF_MRI`. 0 leaves least squares.
     """
 
     def __init__(self, iterations: int = 40, regularization: float | None = None) -> None:
@@ -476,8 +481,9 @@ class PreconditionedTV(StreamingReconstructor):
             y = physics.measurement(y)
         weight = self.regularization
         if weight is None:
-            weight = 1e-3
+            weight = WEIGHT_OF_MRI if is_mri(physics) else 1e-3
             if isinstance(physics, RampFiltered):
                 across = max(physics.grid.shape)
                 weight = min(WEIGHT_PER_VIEW * physics.geometry.views / across, LARGEST_WEIGHT)
-        yield from TV(self.iterations, weight).stream(y, physics, init=start, reference=start)
+        method = TV(self.iterations, weight, nonnegative=not is_mri(physics))
+        yield from method.stream(y, physics, init=start, reference=start)
