@@ -275,12 +275,18 @@ class _ScanJob(_Frozen):
         How it is read: views, binning, corrections; coils and undersampling of k-space.
     shape, voxel_size
         Grid of the volume, (D, H, W) and mm; None takes what the scan suggests. K-space fixes it.
+    device
+        "auto", "cpu" or "cuda".
+    seed
+        Of whatever is random: probes of the operator's fit, samples that are held out.
     """
 
     scan: Path
     options: ScanOptions | KSpaceOptions = ScanOptions()
     shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     voxel_size: float | None = Field(default=None, gt=0)
+    device: str = "auto"
+    seed: int = 0
 
     def open_scan(self) -> Scan | KSpaceScan:
         """The scan, as it is to be read; options that ask for nothing suit every kind.
@@ -305,22 +311,17 @@ class ReconstructionJob(_ScanJob):
 
     Attributes
     ----------
-    scan, options, shape, voxel_size
-        Path of the scan; how it is read; grid of the volume, (D, H, W) and mm, None for what the scan suggests.
+    scan, options, shape, voxel_size, device, seed
+        Path of the scan; how it is read; grid of the volume, (D, H, W) and mm, None for what the scan suggests; "auto",
+        "cpu" or "cuda"; of whatever is random.
     parameters
         The method and its parameters.
-    device
-        "auto", "cpu" or "cuda".
     output
         Where the volume is written (.tif, .tiff or .ome.zarr), or None.
-    seed
-        Of whatever is random (the probes of the operator's fit).
     """
 
     parameters: Parameters = TVParameters()
-    device: str = "auto"
     output: Path | None = None
-    seed: int = 0
 
 
 class FitParameters(_Frozen):
@@ -375,7 +376,7 @@ class OperatorJob(_ScanJob):
 
     Attributes
     ----------
-    scan, options, shape, voxel_size
+    scan, options, shape, voxel_size, device, seed
         As for a reconstruction.
     operator
         "fit", or the path of an operator file.
@@ -383,20 +384,14 @@ class OperatorJob(_ScanJob):
         How it is fitted; a file has been.
     volume
         x to see it on: a .tif, .ome.zarr or .npy, brought onto the job's grid; None takes the scan's FDK.
-    device
-        "auto", "cpu" or "cuda".
     output
         Operator file (.safetensors) to write; None keeps a fit in the user's cache.
-    seed
-        Of the random volumes.
     """
 
     operator: str = "fit"
     parameters: FitParameters = FitParameters()
     volume: Path | None = None
-    device: str = "auto"
     output: Path | None = None
-    seed: int = 0
 
 
 class PatchJob(_ScanJob):
@@ -404,7 +399,7 @@ class PatchJob(_ScanJob):
 
     Attributes
     ----------
-    scan, options, shape, voxel_size
+    scan, options, shape, voxel_size, device, seed
         As for a reconstruction.
     operator
         Path of an operator file.
@@ -414,18 +409,12 @@ class PatchJob(_ScanJob):
         Its edge in voxels; less where the volume is thinner.
     steps
         Gradient steps.
-    device
-        "auto", "cpu" or "cuda".
-    seed
-        As in the other jobs; nothing is drawn so far.
     """
 
     operator: str
     center: tuple[FiniteFloat, FiniteFloat, FiniteFloat]
     patch: int = Field(default=32, ge=8, title="Patch", description="Edge of the patch in voxels.")
     steps: int = Field(default=10, ge=1, le=200, title="Steps", description="Gradient steps, of both kinds.")
-    device: str = "auto"
-    seed: int = 0
 
 
 class DataConsistencyJob(_ScanJob):
@@ -433,20 +422,14 @@ class DataConsistencyJob(_ScanJob):
 
     Attributes
     ----------
-    scan, options, shape, voxel_size
+    scan, options, shape, voxel_size, device, seed
         As for a reconstruction.
     volume
         A .tif, .ome.zarr or .npy, brought onto the job's grid; of k-space a complex .npy on its grid. None takes the
         last result on this grid.
-    device
-        "auto", "cpu" or "cuda".
-    seed
-        As in the other jobs; nothing is drawn.
     """
 
     volume: Path | None = None
-    device: str = "auto"
-    seed: int = 0
 
 
 class RegularizationJob(_ScanJob):
@@ -454,16 +437,9 @@ class RegularizationJob(_ScanJob):
 
     Attributes
     ----------
-    scan, options, shape, voxel_size
+    scan, options, shape, voxel_size, device, seed
         As for the reconstruction that is to be regularised.
-    device
-        "auto", "cpu" or "cuda".
-    seed
-        As in the other jobs; nothing is drawn.
     """
-
-    device: str = "auto"
-    seed: int = 0
 
 
 class CoilMapsJob(_ScanJob):
@@ -471,16 +447,9 @@ class CoilMapsJob(_ScanJob):
 
     Attributes
     ----------
-    scan, options, shape, voxel_size
+    scan, options, shape, voxel_size, device, seed
         As for a reconstruction.
-    device
-        "auto", "cpu" or "cuda".
-    seed
-        As in the other jobs; nothing is drawn.
     """
-
-    device: str = "auto"
-    seed: int = 0
 
     def open_scan(self) -> KSpaceScan:
         """The scan.
