@@ -105,6 +105,8 @@ def methods(size: int, tuning: list[tuple[SimulatedMRI, Tensor, MultiCoilMRI]]) 
     post, shipped = Path(__file__).parent / "weights" / "mri_post.safetensors", shipped_weights().get("mri")
     if post.exists():
         rows["post-processing of CG-SENSE"] = learned(post, patch_size=None)
+    if (first := shipped_weights().get("start_mri")) is not None:
+        rows["unrolled from CG-SENSE, whole volume"] = learned(first, patch_size=None, passes=1)
     if shipped is not None:
         rows["unrolled, whole volume"] = learned(shipped, patch_size=None, passes=1)
         partitioned = partial(learned, shipped, patch_size=patch, stride=stride)

@@ -79,7 +79,7 @@ MEASURED = {
 }
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 REGULARIZATION = 1e-3
-STEPS = {"scalar ADMM": 400, "diagonal ADMM": 400, "PDHG": 400, "SCICO PDHG": 400, "FISTA-TV": 250, "PADMM": 80}
+STEPS = {"scalar ADMM": 1500, "diagonal ADMM": 400, "PDHG": 400, "SCICO PDHG": 400, "FISTA-TV": 250, "PADMM": 80}
 """At most so many."""
 RATIOS = (6.0, 10.0, 20.0)
 """Primal over dual step of PDHG, of which the best for each case is told."""

@@ -5,15 +5,17 @@ No torch here: the docks build their forms from these models, and napari starts 
 
 from __future__ import annotations
 
+import math
 from collections.abc import MutableMapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, model_validator
 
 from napari_recon.learning.training import TrainingConfig
 from napari_recon.learning.weights import shipped_weights
 from napari_recon.scans.errors import ScanError
+from napari_recon.scans.grid import Grid
 from napari_recon.scans.kspace import KSpaceOptions, KSpaceScan
 from napari_recon.scans.scan import Scan, ScanOptions, open_scan
 
@@ -162,9 +164,9 @@ class PADMMParameters(_Frozen):
     start: str = Field(
         default="network",
         title="Start",
-        description="Where it begins, which decides how soon it is done but not where it ends: 'network' (what the "
-        "shipped weights make of the scan), 'fdk', 'tv' (forty quick steps), 'zeros', 'last' (the last result on this "
-        "grid), a volume's file, or weights.",
+        description="Where it begins, which decides how soon it is done but not where it ends: 'network' (what one "
+        "that was trained for this makes of FDK), 'fdk', 'tv' (forty quick steps), 'zeros', 'last' (the last result "
+        "on this grid), a volume's file, or weights.",
     )
     preconditioner: Literal["scalar", "diagonal", "circulant", "operator"] = Field(
         default="circulant",
@@ -228,8 +230,13 @@ class PADMMParameters(_Frozen):
     def start_weights(self, kind: Literal["x-ray", "mri"] = "x-ray") -> str | None:
         """The weights that the start stands for in a kind of scan, by name or path; None where it is no network's."""
         if self.start == "network":
-            return SHIPPED_WEIGHTS[kind]
+            return START_WEIGHTS[kind]
         return self.start if self.start.endswith(".safetensors") or self.start in shipped_weights() else None
+
+    @property
+    def starts_from_file(self) -> bool:
+        """Whether the start is a volume's file."""
+        return self.start not in STARTS and self.start_weights() is None
 
     @property
     def start_is_computed(self) -> bool:
@@ -241,7 +248,10 @@ STARTS = ("network", "fdk", "tv", "zeros", "last")
 """The starts of PADMM that have names."""
 
 SHIPPED_WEIGHTS = {"x-ray": "unrolled", "mri": "mri"}
-"""The weights that ship for each kind of scan: what PADMM's start "network" stands for, and the usual ones."""
+"""The weights that ship for each kind of scan: the usual ones."""
+
+START_WEIGHTS = {"x-ray": "start", "mri": "start_mri"}
+"""The same for PADMM's start "network": those that take few projections or none, so that the start is worth it."""
 
 Parameters = Annotated[
     FDKParameters
@@ -317,11 +327,14 @@ class ReconstructionJob(_ScanJob):
     parameters
         The method and its parameters.
     output
-        Where the volume is written (.tif, .tiff or .ome.zarr), or None.
+        Where the volume is written, its ending one of :data:`napari_recon.jobs.volumes.ENDINGS`; or None.
+    bits
+        Of its numbers: 32 or 16, see :func:`~napari_recon.jobs.volumes.write_volume`; None is the format's own.
     """
 
     parameters: Parameters = TVParameters()
     output: Path | None = None
+    bits: Literal[16, 32] | None = None
 
 
 class FitParameters(_Frozen):
@@ -442,6 +455,139 @@ class RegularizationJob(_ScanJob):
     """
 
 
+HALVES: dict[Literal["even", "odd"], str] = {"even": "first half", "odd": "second half"}
+"""What a resolution is told from: every second view from the first on, and from the second on, as volumes' names."""
+
+
+class ResolutionJob(_ScanJob):
+    """Reconstruct from even and from odd views, and tell from both what is resolved (Fourier shell correlation).
+
+    Attributes
+    ----------
+    scan, options, shape, voxel_size, device, seed
+        As for a reconstruction.
+    parameters
+        The method and its parameters, the same for both halves.
+    """
+
+    parameters: Parameters = TVParameters()
+
+    def open_scan(self) -> Scan:
+        """The scan.
+
+        Raises
+        ------
+        ScanError
+            As for other jobs; or if it is k-space, has a single view, or is a half already.
+        """
+        scan = super().open_scan()
+        if scan.kind == "mri":
+            raise ScanError(f"{self.scan} holds k-space (MRI), and the resolution is told of X-ray projections only.")
+        if scan.options.half is not None:
+            raise ScanError("The scan's option half = 'even' or 'odd' leaves no halves to compare: leave it out.")
+        if getattr(self.parameters, "start", None) == "last":
+            raise ScanError("The halves cannot begin at the last result, which is of all views: choose another start.")
+        return scan
+
+    def half(self, which: Literal["even", "odd"], grid: Grid) -> ReconstructionJob:
+        """The reconstruction from half the views, on the grid of all of them."""
+        return ReconstructionJob(
+            scan=self.scan,
+            options=self.options.model_copy(update={"half": which}),
+            shape=grid.shape,
+            voxel_size=grid.voxel_size,
+            device=self.device,
+            seed=self.seed,
+            parameters=self.parameters,
+        )
+
+
+class SweepJob(_ScanJob):
+    """Reconstruct with several values of one parameter, on coarser voxels, to see what it does and choose one.
+
+    Attributes
+    ----------
+    scan, options, shape, voxel_size, device, seed
+        As for the reconstruction that the value is for.
+    parameters
+        Its method and parameters.
+    parameter
+        Which of them is varied; or "views", how many are kept.
+    values
+        What it takes, each once.
+    binning
+        By how much detector and voxels are coarser than those of the reconstruction.
+    reference
+        A volume that the results are compared with, brought onto their grid; None compares with the scan's truth, where
+        it has one.
+    """
+
+    parameters: Parameters = TVParameters()
+    parameter: Literal["iterations", "regularization", "rho", "passes", "patch", "views"] = "iterations"
+    values: Annotated[tuple[FiniteFloat, ...], Field(min_length=2, max_length=12)]
+    binning: int = Field(
+        default=2, ge=1, le=16, title="Binning", description="Detector and voxels so many times coarser: quicker."
+    )
+    reference: Path | None = None
+
+    @model_validator(mode="after")
+    def _values_will_do(self) -> Self:
+        if len(set(self.values)) < len(self.values):
+            raise ValueError("a value stands there twice")
+        for value in self.values:
+            self._varied(value)  # pydantic says what is wrong with it
+        return self
+
+    def open_scan(self) -> Scan:
+        """The scan.
+
+        Raises
+        ------
+        ScanError
+            As for other jobs; or if it is k-space, whose grid cannot be coarser.
+        """
+        scan = super().open_scan()
+        if scan.kind == "mri":
+            raise ScanError(f"{self.scan} holds k-space (MRI), and sweeps are made of X-ray projections only.")
+        if getattr(self.parameters, "start", None) == "last":
+            raise ScanError("A sweep cannot begin at the last result, which is on other voxels: choose another start.")
+        return scan
+
+    def coarse_grid(self, scan: Scan) -> Grid:
+        """The grid of the results."""
+        grid = scan.default_grid(self.shape, self.voxel_size)
+        d, h, w = (max(1, math.ceil(n / self.binning)) for n in grid.shape)
+        return Grid((d, h, w), grid.voxel_size * self.binning, grid.center)
+
+    def part(self, value: float, grid: Grid) -> ReconstructionJob:
+        """The reconstruction with a value of the parameter, on :meth:`coarse_grid`."""
+        options, parameters = self._varied(value)
+        options = options.model_copy(update={"binning": getattr(options, "binning", 1) * self.binning})
+        return ReconstructionJob(
+            scan=self.scan,
+            options=options,
+            shape=grid.shape,
+            voxel_size=grid.voxel_size,
+            device=self.device,
+            seed=self.seed,
+            parameters=parameters,
+        )
+
+    def _varied(self, value: float) -> tuple[ScanOptions | KSpaceOptions, Parameters]:
+        """Options and parameters with a value of the one that is varied."""
+        if self.parameter == "views":
+            return type(self.options)(**{**self.options.model_dump(), "views": value}), self.parameters
+        fields = self.parameters.model_dump()
+        if self.parameter not in fields:
+            raise ValueError(f"the method {fields['method']} has no parameter {self.parameter}")
+        return self.options, type(self.parameters)(**{**fields, self.parameter: value})
+
+
+def sweep_name(parameter: str, value: float) -> str:
+    """What the volume of a value is called: "iterations 20", "regularization 0.001"."""
+    return f"{parameter} {value:g}"
+
+
 class CoilMapsJob(_ScanJob):
     """See the coil sensitivities that k-space is reconstructed with: those of the scan, or estimated ones.
 
@@ -488,7 +634,16 @@ class TrainJob(_Frozen):
         return self.training.device
 
 
-ScanJob = ReconstructionJob | OperatorJob | PatchJob | DataConsistencyJob | RegularizationJob | CoilMapsJob
+ScanJob = (
+    ReconstructionJob
+    | OperatorJob
+    | PatchJob
+    | DataConsistencyJob
+    | RegularizationJob
+    | ResolutionJob
+    | SweepJob
+    | CoilMapsJob
+)
 """The jobs of a scan."""
 
 Job = ScanJob | TrainJob

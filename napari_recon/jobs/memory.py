@@ -21,13 +21,16 @@ from napari_recon.jobs.job import (
     PatchJob,
     ReconstructionJob,
     RegularizationJob,
+    ResolutionJob,
     ScanJob,
+    SweepJob,
     TrainJob,
     TVParameters,
     UnrolledParameters,
 )
 from napari_recon.learning.weights import find_weights, read_header
 from napari_recon.scans.kspace import KSpaceScan
+from napari_recon.scans.scan import ScanOptions
 
 if TYPE_CHECKING:
     from napari_recon.learning.training import TrainingConfig
@@ -105,11 +108,21 @@ def plan_memory(job: Job, scan: Scan | KSpaceScan | None = None) -> MemoryPlan:
         items = _mri_items(job, scan, on_gpu)
         what = f"A volume of {' x '.join(map(str, grid.shape))} voxels from k-space of {scan.coils} coils"
         return _plan(job, items, on_gpu, what, lambda *_: "compress to fewer coils")
+    other: dict[str, int] = {}
+    if isinstance(job, ResolutionJob):  # one half after the other, the first one's result being kept
+        job, scan = job.half("even", grid), scan.with_options(half="even")
+        other = {"other half": grid.voxels * _FLOAT}
+    elif isinstance(job, SweepJob):  # one value after the other, all results being kept
+        grid = job.coarse_grid(scan)
+        other = {"other results": (len(job.values) - 1) * grid.voxels * _FLOAT}
+        job = job.part(max(job.values), grid)  # views and patches take the more the larger
+        assert isinstance(job.options, ScanOptions)
+        scan = scan.with_options(views=job.options.views, binning=job.options.binning)
     geometry = scan.geometry
-    items = _items(job, geometry, grid, on_gpu)
+    items = _items(job, geometry, grid, on_gpu) | other
     padmm = isinstance(job, ReconstructionJob) and job.parameters.method == "padmm"
     if padmm and not on_gpu and short_of(sum(items.values())):
-        items = _items(job, geometry, grid, on_gpu, padmm_files=True)
+        items = _items(job, geometry, grid, on_gpu, padmm_files=True) | other
     what = f"A volume of {' x '.join(map(str, grid.shape))} voxels from {geometry.views} projections"
     return _plan(job, items, on_gpu, what, lambda needed, free: _remedy(job, geometry, grid, items, needed, free))
 
@@ -188,6 +201,8 @@ def _mri_items(job: ScanJob, scan: KSpaceScan, on_gpu: bool) -> dict[str, int]:
             edge = job.parameters.patch or max(grid.shape)
             patch = math.prod(min(edge, n) for n in grid.shape)
             steps["patches"] = 8 * volume + samples + network_bytes(header.model) * patch
+            if header.model.get("init") == "tv":  # k-space of its iterates, and both parts' duals
+                steps["total variation"] = 5 * samples + 25 * volume
     elif isinstance(job, OperatorJob | PatchJob):
         steps[_FITTING] = 2 * _fit_bytes(grid, terms=1, probes=8) + samples
     elif isinstance(job, RegularizationJob):

@@ -53,7 +53,7 @@ VALUES = tuple(10.0 ** (-2 - 0.25 * k) for k in range(11))
 MRI_VALUES = tuple(10.0 ** (-1.5 - 0.25 * k) for k in range(11))
 """The same of k-space."""
 
-ITERATIONS = 6
+ITERATIONS = 12
 """Of PADMM for each of them."""
 
 LARGEST = 48**3 * 120
