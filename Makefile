@@ -8,6 +8,8 @@ SCREEN := xvfb-run -a -s "-screen 0 1600x1000x24 +extension GLX"
 WINDOW = $(if $(DISPLAY)$(WAYLAND_DISPLAY),,$(SCREEN))
 
 NAME ?= all
+# Test files go to two processes: most of a test is one thread's work.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all check bench install clean system
 
@@ -27,10 +29,10 @@ demo: $(READY)
 	$(WINDOW) $(BIN)/napari-recon demo $(if $(DISPLAY)$(WAYLAND_DISPLAY),,--screenshot demo.png)
 
 test: $(READY)
-	$(SCREEN) $(BIN)/python -m pytest
+	$(SCREEN) $(PYTEST)
 
 test-all: $(READY)
-	$(SCREEN) $(BIN)/python -m pytest -m "slow or not slow"
+	$(SCREEN) $(PYTEST) -m "slow or not slow"
 
 check: $(READY)
 	$(BIN)/ruff check .

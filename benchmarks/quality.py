@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from napari_recon.jobs.memory import peak_memory, release_memory, reset_peak
-from napari_recon.jobs.quality import compare_volumes, field_of_view
 from napari_recon.learning.networks import load_weights
 from napari_recon.learning.training import EXTENT, DataConfig, _circle, _inside, _simulate
 from napari_recon.learning.weights import find_weights
+from napari_recon.measures.comparison import compare_volumes, field_of_view
 from napari_recon.physics.normal import NormalOperator, fit_normal_operator
 from napari_recon.physics.ramp_filtered import RampFiltered
 from napari_recon.physics.xray import XRayTransform

@@ -36,6 +36,8 @@ _HOMES = {
     "UnrolledPGD": "napari_recon.reconstruction.unrolled",
     "PostProcessing": "napari_recon.reconstruction.unrolled",
     "Update": "napari_recon.reconstruction",
+    "compare_volumes": "napari_recon.measures.comparison",
+    "fourier_shell_correlation": "napari_recon.measures.resolution",
     "ReconstructionJob": "napari_recon.jobs",
     "run_job": "napari_recon.jobs",
 }

@@ -52,6 +52,10 @@ Air = Annotated[
 ]
 Shape = Annotated[tuple[int, int, int] | None, typer.Option(metavar="D H W", help="Voxels along z, y, x.")]
 VoxelSize = Annotated[float | None, typer.Option(metavar="MM", help="Edge of a voxel in mm.")]
+Bits = Annotated[
+    Literal["16", "32"] | None,
+    typer.Option(help="Of the volume's numbers: 32 (floats) unless 16 are asked for, with a scale; DICOM has 16."),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Seed = Annotated[int, typer.Option(help="Of whatever is random.")]
 
@@ -127,7 +131,15 @@ def info(
 @app.command()
 def reconstruct(
     scan: ScanPath,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="VOLUME", help="A .tif or .ome.zarr to write.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="VOLUME",
+            help="A .tif, .ome.zarr, .nii, .nii.gz, .mrc or .dcm (a folder) to write.",
+        ),
+    ],
     method: Annotated[
         Literal["fdk", "sirt", "tv", "padmm", "unrolled", "zero-filled", "sense"] | None,
         typer.Option(
@@ -142,6 +154,22 @@ def reconstruct(
     coils: Annotated[int | None, typer.Option(metavar="N", help="Of k-space: virtual coils to compress to.")] = None,
     acceleration: Annotated[
         float | None, typer.Option(metavar="R", help="Of k-space: leave samples out, one of R is kept.")
+    ] = None,
+    pattern: Annotated[
+        Literal["poisson", "gaussian"] | None, typer.Option(help="Which samples --acceleration keeps.")
+    ] = None,
+    pattern_seed: Annotated[int | None, typer.Option(metavar="N", help="Of that pattern.")] = None,
+    calibration: Annotated[
+        int | None, typer.Option(metavar="N", help="Edge of the centre of k-space that --acceleration keeps.")
+    ] = None,
+    slice_: Annotated[
+        int | None, typer.Option("--slice", metavar="N", help="Of k-space: one of a stack of slices, from 0.")
+    ] = None,
+    prewhiten: Annotated[
+        bool | None, typer.Option("--prewhiten/--no-prewhiten", help="Of k-space: by its noise scan, where it has one.")
+    ] = None,
+    half: Annotated[
+        Literal["even", "odd"] | None, typer.Option(help="Every second view only, for compare --halves.")
     ] = None,
     shape: Shape = None,
     voxel_size: VoxelSize = None,
@@ -167,6 +195,15 @@ def reconstruct(
     weighted: Annotated[
         bool, typer.Option("--weighted", help="padmm weighs pixels by the photons that reached them, exp(-y).")
     ] = False,
+    adaptive: Annotated[
+        bool, typer.Option("--adaptive", help="padmm doubles or halves rho where its residuals differ tenfold.")
+    ] = False,
+    tolerance: Annotated[
+        float | None, typer.Option(metavar="E", help="padmm ends sooner where both residuals are below this.")
+    ] = None,
+    nonnegative: Annotated[
+        bool | None, typer.Option("--nonnegative/--no-nonnegative", help="sirt sets attenuation below zero to zero.")
+    ] = None,
     patch: Annotated[
         int | None, typer.Option(metavar="P", help="Edge of a patch in voxels; 0: the whole volume at once.")
     ] = None,
@@ -188,6 +225,7 @@ def reconstruct(
     window: Annotated[
         Literal["ram-lak", "shepp-logan", "cosine", "hann"] | None, typer.Option(help="Ramp window, of fdk.")
     ] = None,
+    bits: Bits = None,
     device: Device = "auto",
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -207,7 +245,10 @@ def reconstruct(
             weights = weights if weights in shipped_weights() else str(found.absolute())
         if start is not None and start not in STARTS and Path(start).expanduser().exists():
             start = str(Path(start).expanduser().absolute())  # a file is found again from anywhere
-        opened = _open(scan, views, binning, axis_offset, air_normalisation, coils=coils, acceleration=acceleration)
+        more: dict[str, Any] = {"coils": coils, "acceleration": acceleration, "half": half}
+        more |= {"pattern": pattern, "seed": pattern_seed, "calibration": calibration}
+        more |= {"slice": slice_, "prewhiten": prewhiten}
+        opened = _open(scan, views, binning, axis_offset, air_normalisation, **more)
         mri = opened.kind == "mri"
         method = method or ("padmm" if mri else "tv")
         if mri and method == "padmm" and regularization is None:
@@ -221,6 +262,9 @@ def reconstruct(
             "preconditioner": preconditioner,
             "start": start,
             "weighted": weighted or None,
+            "adaptive": adaptive or None,
+            "tolerance": tolerance,
+            "nonnegative": nonnegative,
             "weights": weights,
             "patch": patch,
             "operator": "exact" if exact else operator,
@@ -245,11 +289,42 @@ def reconstruct(
             parameters=parameters,
             device=device,
             output=output,
+            bits=_bits(bits),
             seed=seed,
         )
         for sentence in opened.checks():
             _note(f"warning: {sentence}")
         _report(_run(job), as_json, say)
+
+
+@app.command()
+def export(
+    volume: Annotated[Path, typer.Argument(metavar="VOLUME", help="A volume in any format that is read.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="VOLUME",
+            help="A .tif, .ome.zarr, .nii, .nii.gz, .mrc or .dcm (a folder) to write.",
+        ),
+    ],
+    bits: Bits = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a volume in another format, where it lies and with what it tells of how it was made."""
+    with _told(as_json) as say:
+        from napari_recon.jobs.volumes import check_output, read_volume, write_volume
+
+        check_output(output)
+        read = read_volume(volume)
+        if read.voxel_size is None and read.scale is None:
+            _note(f"{volume} does not tell its voxel size: 1 mm is written.")
+        write_volume(output, read.data, read.grid, read.provenance, bits=_bits(bits))
+        if as_json:
+            say({"output": str(output), "shape": read.data.shape, "scale": read.grid.scale})
+        else:
+            print(f"{output}: {' x '.join(map(str, read.data.shape))} voxels")
 
 
 @app.command("fit-operator")
@@ -453,8 +528,24 @@ def train(
 
 @app.command()
 def compare(
-    volumes: Annotated[list[Path], typer.Argument(metavar="VOLUME...", help="Volumes to judge.")],
-    reference: Annotated[Path, typer.Option(metavar="REFERENCE", help="What they are compared with.")],
+    volumes: Annotated[list[Path] | None, typer.Argument(metavar="VOLUME...", help="Volumes to judge.")] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(metavar="REFERENCE", help="What they are compared with; without one, what needs none is told."),
+    ] = None,
+    halves: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            metavar="A B", help="Volumes of odd and even views (reconstruct --half): the resolution that they agree to."
+        ),
+    ] = None,
+    box: Annotated[
+        tuple[float, float, float, float, float, float] | None,
+        typer.Option(metavar="Z Y X Z Y X", help="A region beside the field of view: two corners in mm."),
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(metavar="VOLUME", help="Regions beside the field of view: 1, 2, ...; 0 is none.")
+    ] = None,
     radius: Annotated[
         float | None,
         typer.Option(metavar="MM", help="Field of view about the axis; by default half the width."),
@@ -463,31 +554,134 @@ def compare(
         float | None,
         typer.Option(help="Range of values of PSNR and SSIM; by default the reference's."),
     ] = None,
+    ssim_3d: Annotated[bool, typer.Option("--ssim-3d", help="SSIM of neighbourhoods in 3D too.")] = False,
+    scale_fitted: Annotated[
+        bool, typer.Option("--fit-scale", help="Fit scale and offset to the reference first, for units that differ.")
+    ] = False,
+    csv: Annotated[Path | None, typer.Option(metavar="CSV", help="The table as a file.")] = None,
+    figure: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="The table as a picture; of --halves, their correlation.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """PSNR, SSIM and normalised error of volumes, on the reference's grid and inside a field of view."""
-    with _told(as_json) as say:
-        from napari_recon.jobs.quality import compare_volumes, field_of_view, on_grid
-        from napari_recon.jobs.volumes import read_volume
+    """PSNR, SSIM and normalised error of volumes against a reference; without one noise, cupping, resolution.
 
-        truth = read_volume(reference)
-        inside = field_of_view(truth.grid, radius)
-        rows = []
-        for path in volumes:
-            volume = read_volume(path)
-            figures = compare_volumes(on_grid(volume, truth.grid), truth.data, inside, data_range)
-            rows.append({"volume": str(path), **figures})
-        radius = radius if radius is not None else min(truth.grid.extent[1:]) / 2
-        view = {"field_of_view_radius_mm": radius, "field_of_view_voxels": int(inside.sum()) * len(truth.data)}
-        if as_json:
-            say({"reference": str(reference), **view, "volumes": rows})
-            return
-        for row in rows:
-            print(
-                f"{row['volume']}: PSNR {row['psnr']:.2f} dB, SSIM {row['ssim']:.4f} (mean of slices), "
-                f"NRMSE {row['nrmse']:.4f}"
+    All is told inside a field of view, and in the regions of --box and --labels, which are taken to be uniform. Volumes
+    on other grids are resampled onto that of the reference, or of the first.
+    """
+    with _told(as_json) as say:
+        from napari_recon.jobs.volumes import read_volume
+        from napari_recon.measures import table
+        from napari_recon.measures.comparison import (
+            box_region,
+            field_of_view_region,
+            fit_scale,
+            is_on_grid,
+            label_regions,
+            on_grid,
+            reference_range,
+        )
+        from napari_recon.measures.resolution import fourier_shell_correlation
+        from napari_recon.scans.errors import ScanError
+
+        paths = list(dict.fromkeys(volumes or []))
+        if not paths and halves is None:
+            raise ScanError("There is nothing to compare: give at least one volume, or two as --halves.")
+        if scale_fitted and reference is None:
+            raise ScanError("--fit-scale brings volumes to a reference's unit: give a --reference.")
+        if csv is not None:
+            table.check_path(csv, ".csv")
+            if not paths:
+                raise ScanError("--csv holds the table of volumes: give at least one volume.")
+        if figure is not None:
+            table.check_path(figure, ".png")
+        first = reference if reference is not None else halves[0] if not paths and halves else paths[0]
+        base = read_volume(first)
+        grid, edges = base.grid, base.grid.scale
+        notes: list[str] = []
+        if base.voxel_size is None and base.scale is None:
+            notes.append(f"{first} tells no voxel size, so all lengths are in voxels, not in mm.")
+
+        def placed(path: Path, order: Literal[0, 1] = 1) -> tuple[Any, bool, Any]:
+            """The values of a volume's file on the grid, whether they were resampled, and the volume as it was."""
+            volume = base if path == first else read_volume(path)
+            resampled = not is_on_grid(volume, grid)
+            if resampled:
+                shape = " x ".join(map(str, grid.shape))
+                notes.append(f"{path} was resampled onto the {shape} voxels of {grid.voxel_size:.4g} mm of {first}.")
+            return on_grid(volume, grid, order), resampled, volume
+
+        view = field_of_view_region(grid, radius)
+        regions = [view]
+        if box is not None:
+            regions.append(box_region(grid, box[:3], box[3:]))
+        if labels is not None:
+            regions += label_regions(placed(labels, order=0)[0])
+        uniform = [region.name for region in regions if region.uniform]
+        background = uniform[0] if len(uniform) > 1 else None
+
+        rows: list[dict[str, Any]] = []
+        if reference is not None and data_range is None and paths:
+            data_range = reference_range(base.data, view.mask)  # once for all volumes
+        for path in paths:
+            values, resampled, volume = placed(path)
+            more: dict[str, Any] = {"resampled": resampled}
+            if scale_fitted:
+                more["scale"], more["offset"] = scale, offset = fit_scale(values, base.data, view.mask)
+                values = (scale * values + offset).astype("float32")
+                notes.append(f"{path} was brought to the reference's unit: times {scale:.4g}, plus {offset:.4g}.")
+            residual = volume.provenance.get("figures", {}).get("residual")
+            if isinstance(residual, float):
+                more["residual"] = residual
+            judged = {str(path): values} | ({} if reference is None else {"": base.data})  # which is no path's name
+            found = table.table(
+                judged,
+                None if reference is None else "",
+                regions,
+                data_range,
+                ssim=("2d", "3d") if ssim_3d else ("2d",),
+                voxel_size=edges,
+                background=background,
             )
-        print(f"data range {rows[0]['data_range']:.4g}, field of view of radius {radius:.4g} mm")
+            rows += [row | more for row in found if row["volume"]]
+        told: dict[str, Any] = {"reference": None if reference is None else str(reference)}
+        told["field_of_view_radius_mm"] = radius if radius is not None else min(grid.extent[1:]) / 2
+        told["field_of_view_voxels"] = int(view.mask.sum()) * grid.shape[0]
+        told |= {"background": background} if background else {}
+        told["volumes"] = rows
+        if halves is not None:
+            both = [placed(path)[0] for path in halves]
+            shells = fourier_shell_correlation(both[0], both[1], edges, view.mask)
+            told["resolution"] = {
+                "halves": [str(path) for path in halves],
+                "half_bit_mm": shells.resolution_half_bit,
+                "one_seventh_mm": shells.resolution_one_seventh,
+                "sentence": shells.sentence,
+                "frequency_per_mm": shells.frequency.tolist(),
+                "correlation": shells.correlation.tolist(),
+                "half_bit": shells.half_bit.tolist(),
+            }
+        told |= {"resampled": any("resampled" in note for note in notes), "notes": notes}
+        if csv is not None:
+            table.write_csv(csv, rows)
+        if figure is not None and rows:
+            short = len({path.name for path in paths}) == len(paths)
+            table.write_figure(figure, [row | {"volume": Path(row["volume"]).name} if short else row for row in rows])
+        elif figure is not None:
+            table.write_correlation(figure, shells)
+        if as_json:
+            say(told)
+            return
+        for sentence in notes:
+            _note(sentence)
+        for row in rows:
+            shown = [key for key in table.COLUMNS if key in row and key not in ("volume", "region", "data_range")]
+            place = "" if len(regions) == 1 else f", {row['region']}"
+            print(f"{row['volume']}{place}: " + ", ".join(f"{table.COLUMNS[key]} {row[key]:.4g}" for key in shown))
+        if halves is not None:
+            print(shells.sentence)
+        said = [f"data range {data_range:.4g}"] if data_range is not None and reference is not None else []
+        print(", ".join([*said, f"field of view of radius {told['field_of_view_radius_mm']:.4g} mm"]))
 
 
 @app.command()
@@ -530,7 +724,7 @@ def _open(
     binning: int,
     axis_offset: float | None,
     air_normalisation: bool | None,
-    **more: float | None,
+    **more: float | str | None,
 ) -> Scan | KSpaceScan:
     """The scan, as it is to be read; what is for the other kind of scan is refused by its name."""
     from napari_recon.scans import open_scan
@@ -540,6 +734,11 @@ def _open(
     if binning != 1:
         changes["binning"] = binning
     return open_scan(path, **changes)
+
+
+def _bits(asked: str | None) -> Literal[16, 32] | None:
+    """What --bits says, as a number."""
+    return None if asked is None else 16 if asked == "16" else 32
 
 
 def _validated(kind: type[SomeJob], **fields: Any) -> SomeJob:

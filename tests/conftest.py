@@ -19,7 +19,8 @@ def pytest_collection_modifyitems(config, items):
     """Windows come last; where there is no screen they are skipped, and told how to get one.
 
     Mesa's software OpenGL and triton, which deepinv brings in, each hold an LLVM of their own. Loading triton after
-    OpenGL crashes the process, so whatever needs torch runs first. (A viewer never loads torch: its process does.)
+    OpenGL crashes the process, so whatever needs torch runs first. (A viewer never loads torch: its process does.) The
+    same holds in each of several processes, to which the Makefile gives whole files in this order.
     """
     items.sort(key=lambda item: item.path.name.startswith("test_widgets"))
     if sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from scipy.ndimage import gaussian_filter
 from typer.testing import CliRunner
 
 from napari_recon.cli import app
@@ -138,11 +139,123 @@ def test_simulate_then_compare(tmp_path):
     assert "PSNR" in call("compare", *volumes, "--reference", folder / "truth.tif")
 
 
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """A cylinder of 0.02 in a field of 0, with noise of two strengths, and its labels."""
+    folder = tmp_path_factory.mktemp("judged")
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[-15.5:16.5, -15.5:16.5]
+    inside = np.broadcast_to(y**2 + x**2 < 11**2, (12, 32, 32))
+    truth = np.where(inside, 0.02, 0).astype(np.float32)
+    grid = Grid(truth.shape, 0.5)
+    write_volume(folder / "truth.tif", truth, grid)
+    for name, noise in (("rough", 2e-3), ("fine", 5e-4)):
+        made_by = {"figures": {"residual": 0.125}} if name == "fine" else {}
+        values = truth + rng.normal(0, noise, truth.shape).astype(np.float32)
+        write_volume(folder / f"{name}.tif", values.astype(np.float32), grid, made_by)
+    write_volume(folder / "labels.tif", np.where(inside, 1, 2).astype(np.float32), grid)
+    return folder
+
+
+def test_compare_tells_regions_and_writes_table_and_picture(judged, tmp_path):
+    volumes = [judged / "rough.tif", judged / "fine.tif"]
+    more = ("--labels", judged / "labels.tif", "--box", -1, -3, -3, 1, 3, 3, "--ssim-3d")
+    files = ("--csv", tmp_path / "t.csv", "--figure", tmp_path / "t.png")
+    told = call("compare", *volumes, "--reference", judged / "truth.tif", *more, *files, "--json")
+    by = {(row["volume"], row["region"]): row for row in told["volumes"]}
+    assert {region for _, region in by} == {"field of view", "box", "label 1", "label 2"}
+    rough, fine = (by[str(path), "field of view"] for path in volumes)
+    assert fine["psnr"] > rough["psnr"]
+    assert fine["ssim_3d"] > rough["ssim_3d"]
+    assert fine["residual"] == 0.125
+    assert "residual" not in rough
+    assert rough["data_range"] == pytest.approx(0.02)
+    assert told["background"] == "box"
+    assert by[str(volumes[0]), "label 2"]["contrast_to_noise"] == pytest.approx(10, rel=0.1)
+    assert by[str(volumes[0]), "label 1"]["noise"] == pytest.approx(2e-3, rel=0.1)
+    assert abs(by[str(volumes[1]), "label 1"]["cupping"]) < 0.02
+    assert (told["resampled"], told["notes"]) == (False, [])
+    lines = (tmp_path / "t.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(by)
+    assert lines[0].startswith("volume,region,psnr,ssim,ssim_3d,nrmse")
+    assert (tmp_path / "t.png").stat().st_size > 1000
+
+
+def test_compare_without_a_reference_tells_what_needs_none(judged):
+    told = call("compare", judged / "rough.tif", "--labels", judged / "labels.tif", "--json")
+    assert told["reference"] is None
+    assert [row["region"] for row in told["volumes"]] == ["field of view", "label 1", "label 2"]
+    assert not any("psnr" in row for row in told["volumes"])
+    assert told["volumes"][1]["noise_frequency"] > 0
+    assert "Noise" in call("compare", judged / "rough.tif", "--labels", judged / "labels.tif")
+
+
+def test_compare_brings_volumes_onto_one_grid_and_into_one_unit(judged, tmp_path):
+    truth = read_volume(judged / "truth.tif")
+    coarse = truth.data.reshape(6, 2, 16, 2, 16, 2).mean(axis=(1, 3, 5))
+    write_volume(tmp_path / "coarse.tif", 50_000 * coarse - 1000, Grid(coarse.shape, 1.0))
+    reference = ("--reference", judged / "truth.tif")
+    told = call("compare", tmp_path / "coarse.tif", *reference, "--fit-scale", "--json")
+    row = told["volumes"][0]
+    assert row["resampled"]
+    assert told["resampled"]
+    assert ["resampled" in told["notes"][0], "unit" in told["notes"][1]] == [True, True]
+    assert row["scale"] == pytest.approx(1 / 50_000, rel=0.2)
+    assert row["psnr"] > call("compare", tmp_path / "coarse.tif", *reference, "--json")["volumes"][0]["psnr"] + 20
+
+
+def test_compare_tells_the_resolution_that_two_halves_agree_to(tmp_path):
+    rng = np.random.default_rng(0)
+    common = gaussian_filter(rng.normal(size=(12, 32, 32)), 1.5)
+    halves = (tmp_path / "even.tif", tmp_path / "odd.tif")
+    for path in halves:
+        values = common + rng.normal(0, 0.05, common.shape)
+        write_volume(path, values.astype(np.float32), Grid(common.shape, 0.5))
+    told = call("compare", "--halves", *halves, "--figure", tmp_path / "fsc.png", "--json")
+    found = told["resolution"]
+    assert len(found["correlation"]) == len(found["half_bit"]) == len(found["frequency_per_mm"]) == 16
+    assert found["half_bit_mm"] > found["one_seventh_mm"] > 1
+    assert (tmp_path / "fsc.png").stat().st_size > 1000
+    assert "1/7" in call("compare", "--halves", *halves)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((), "nothing to compare"),
+        (("rough.tif", "--fit-scale"), "--reference"),
+        (("rough.tif", "--box", 90, 90, 90, 91, 91, 91), "No voxel lies in the box"),
+        (("rough.tif", "--csv", "t.txt"), "must end in .csv"),
+        (("rough.tif", "--labels", "rough.tif"), "no whole numbers"),
+        (("--halves", "rough.tif", "fine.tif", "--csv", "t.csv"), "at least one volume"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(judged, monkeypatch, arguments, sentence):
+    monkeypatch.chdir(judged)
+    before = sorted(judged.iterdir())
+    assert sentence in call("compare", *arguments, "--json", status=2)["error"]
+    assert sorted(judged.iterdir()) == before
+
+
+def test_halves_of_the_views_are_reconstructed_apart(scan, tmp_path):
+    views = []
+    for half in ("even", "odd"):
+        told = reconstruct(scan, tmp_path / f"{half}.tif", "--method", "fdk", "--views", 29, "--half", half)
+        assert told["job"]["options"]["half"] == half
+        views.append(ReconstructionJob.model_validate(told["job"]).open_scan().view_indices.tolist())
+    assert sorted(views[0] + views[1]) == [k * 30 // 29 for k in range(29)]
+    assert [len(half) for half in views] == [15, 14]
+    told = call("compare", "--halves", tmp_path / "even.tif", tmp_path / "odd.tif", "--json")
+    assert told["resolution"]["one_seventh_mm"] is None or told["resolution"]["one_seventh_mm"] > 0
+
+
 def test_json_has_no_nan(tmp_path):
     volume = np.random.default_rng(0).random((2, 16, 16), dtype=np.float32)
     write_volume(tmp_path / "v.tif", volume, Grid(volume.shape, 1.0))
     told = call("compare", tmp_path / "v.tif", "--reference", tmp_path / "v.tif", "--json")
     assert told["volumes"][0]["psnr"] is None  # infinite
+    np.save(tmp_path / "v.npy", volume)
+    assert "no voxel size" in call("compare", tmp_path / "v.npy", "--json")["notes"][0]
 
 
 def test_an_interrupted_job_leaves_nothing(scan, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import napari_recon
 PACKAGE = Path(napari_recon.__file__).parent
 ROOT = PACKAGE.parent
 # Arrows point down this list only: a room imports what stands after it (learning uses physics and reconstruction).
-FLOORS = {"scans": 0, "physics": 1, "reconstruction": 2, "learning": 3, "sample_data": 3, "jobs": 4}
+FLOORS = {"scans": 0, "measures": 1, "physics": 1, "reconstruction": 2, "learning": 3, "sample_data": 3, "jobs": 4}
 FLOORS |= {"cli": 5, "widgets": 5}
 
 

@@ -14,9 +14,8 @@ from napari_recon.jobs import Control, ReconstructionJob, run_job
 from napari_recon.jobs.job import FDKParameters, PADMMParameters, SIRTParameters, TVParameters
 from napari_recon.jobs.memory import plan_memory, readable
 from napari_recon.jobs.messages import Cancelled, Failed, Finished, Notice, Progress, Stage, VolumeReady
-from napari_recon.jobs.quality import compare_volumes, field_of_view, on_grid
 from napari_recon.jobs.stages import Prepared
-from napari_recon.jobs.volumes import Volume, check_output, read_volume, write_volume
+from napari_recon.jobs.volumes import check_output, read_volume, write_volume
 from napari_recon.learning.simulate import simulate
 from napari_recon.scans import Grid, ScanError
 
@@ -509,37 +508,3 @@ def test_a_folder_of_slices_is_a_volume(tmp_path):
     volume = read_volume(tmp_path)
     np.testing.assert_array_equal(volume.data, data)
     assert volume.voxel_size is None
-
-
-# -- quality -------------------------------------------------------------------------------------------------------
-
-
-def test_quality_knows_its_range_and_its_field_of_view():
-    rng = np.random.default_rng(0)
-    truth = rng.random((4, 32, 32), dtype=np.float32) * 0.03
-    noisy = truth + rng.normal(0, 1e-3, truth.shape).astype(np.float32)
-    figures = compare_volumes(noisy, truth)
-    expected = 10 * np.log10(figures["data_range"] ** 2 / np.mean((noisy - truth).astype(np.float64) ** 2))
-    assert figures["psnr"] == pytest.approx(expected, abs=0.01)
-    scaled = compare_volumes(1000 * noisy, 1000 * truth)  # a unit is no quality
-    for name in ("psnr", "ssim", "nrmse"):
-        assert scaled[name] == pytest.approx(figures[name], rel=1e-4)
-    inside = field_of_view(Grid(truth.shape, 1.0))
-    spoiled = np.where(inside, noisy, 7).astype(np.float32)
-    assert compare_volumes(spoiled, truth, inside)["nrmse"] == compare_volumes(noisy, truth, inside)["nrmse"]
-    assert compare_volumes(truth, truth)["ssim"] == pytest.approx(1)
-
-
-def test_volumes_are_brought_onto_one_grid():
-    def ramp(grid):
-        z, y, x = np.meshgrid(
-            *(t + grid.voxel_size * np.arange(n) for t, n in zip(grid.translate, grid.shape, strict=True)),
-            indexing="ij",
-        )
-        return (z + 2 * y - 3 * x).astype(np.float32)
-
-    fine, coarse = Grid((20, 20, 20), 0.5, (1, 0, 2)), Grid((6, 5, 4), 1.1, (1, 0, 2))
-    found = on_grid(Volume(ramp(fine), fine.voxel_size, fine.center), coarse)
-    np.testing.assert_allclose(found, ramp(coarse), atol=1e-4)
-    with pytest.raises(ScanError, match="voxel size"):
-        on_grid(Volume(ramp(fine)), coarse)

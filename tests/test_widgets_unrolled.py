@@ -9,6 +9,7 @@ from qtpy.QtCore import Qt
 from qtpy.QtWidgets import QFileDialog
 from safetensors.numpy import save_file
 
+from napari_recon.jobs.job import SHIPPED_WEIGHTS
 from napari_recon.learning.weights import FORMAT, outside_training, shipped_weights
 from napari_recon.widgets import session as session_module
 from napari_recon.widgets.forms import BROWSE, ModelForm
@@ -57,7 +58,8 @@ def test_weights_that_are_not_there_are_said_to_be_missing(opened, qtbot, tmp_pa
 def test_the_list_offers_what_ships_and_a_file(opened):
     combo = opened.weights.widget
     offered = [combo.itemText(i) for i in range(combo.count())]
-    assert offered == ["unrolled", *(name for name in shipped_weights() if name != "unrolled"), BROWSE]
+    assert offered == [*SHIPPED_WEIGHTS.values(), BROWSE]
+    assert set(offered[:-1]) <= set(shipped_weights())
 
 
 def test_a_file_is_browsed_for_and_named_shortly(opened, qtbot, tmp_path, monkeypatch):

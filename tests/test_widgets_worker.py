@@ -285,7 +285,7 @@ def test_the_manifest_names_what_is_there():
         module, name = command.python_name.split(":")
         assert callable(getattr(importlib.import_module(module), name)), command.id
     docks = {w.display_name for w in manifest.contributions.widgets}
-    assert docks == {"Scan", "Reconstruct", "Normal operator", "Train"}
+    assert docks == {"Scan", "Reconstruct", "Normal operator", "Train", "Compare"}
     assert {s.key: s.display_name for s in manifest.contributions.sample_data} == SAMPLES
     assert set(SAMPLES) - set(SYNTHETIC) <= set(sample_data.names())
 

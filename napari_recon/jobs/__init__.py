@@ -8,6 +8,8 @@ from napari_recon.jobs.job import (
     PatchJob,
     ReconstructionJob,
     RegularizationJob,
+    ResolutionJob,
+    SweepJob,
 )
 from napari_recon.jobs.run import run_job
 from napari_recon.jobs.stages import Control
@@ -21,5 +23,7 @@ __all__ = [
     "PatchJob",
     "ReconstructionJob",
     "RegularizationJob",
+    "ResolutionJob",
+    "SweepJob",
     "run_job",
 ]

@@ -29,9 +29,9 @@ from torch import Tensor
 from napari_recon.jobs.job import OperatorJob, PatchJob
 from napari_recon.jobs.memory import peak_memory
 from napari_recon.jobs.messages import Finished, Message, Progress, Stage, VolumeReady
-from napari_recon.jobs.quality import on_grid
 from napari_recon.jobs.stages import Run, advance, keep_operator, operator_file
 from napari_recon.jobs.volumes import read_volume
+from napari_recon.measures.comparison import on_grid
 from napari_recon.physics import NormalOperator, XRayTransform
 from napari_recon.physics.normal import stream_normal_operator_fit
 from napari_recon.scans.errors import ScanError

@@ -94,8 +94,8 @@ class ReconstructionRun(Run[ReconstructionJob]):
 
             yield Stage("writing", str(job.output))
             control.checkpoint()
-            volume = control.volumes["result"]
-            if write_volume(job.output, volume, self.grid, made_by, lambda: control.cancelled) is None:
+            data = control.volumes["result"], self.grid, made_by, lambda: control.cancelled
+            if write_volume(job.output, *data, job.bits) is None:
                 raise JobCancelled
             output = str(job.output)
         yield Finished(self.figures, seconds, peak_memory(), output, self.complete, made_by)
@@ -186,7 +186,7 @@ class ReconstructionRun(Run[ReconstructionJob]):
                 physics if operator is None else wrapped,
                 operator=operator,
                 init=start,
-                focus=lambda: self.control.point,
+                focus=self._focus,
             )
 
         return updates
@@ -226,9 +226,18 @@ class ReconstructionRun(Run[ReconstructionJob]):
             model.patch_size = max(self.grid.shape) if patch is None else patch
             model.stride = None
             model.batch = 1 if patch is None else patches_at_once(patch, device, network_bytes(header.model))
-            return model.stream(self.y, self.physics, focus=lambda: self.control.point, **options)
+            return model.stream(self.y, self.physics, focus=self._focus, **options)
 
         return updates
+
+    def _focus(self) -> tuple[float, float, float] | None:
+        """Where patches are wanted first; noted where it is not the middle: what overlaps is added in another order."""
+        point = self.control.point
+        middle = tuple((n - 1) / 2 for n in self.grid.shape)
+        if point is None or np.allclose(point, middle, atol=1e-3):
+            return None
+        self.used["steered"] = True
+        return point
 
     def expect_kind(self, header: WeightsHeader, name: str) -> None:
         """Refuse a network of another kind of scans."""
@@ -311,8 +320,8 @@ class ReconstructionRun(Run[ReconstructionJob]):
         if "residual" not in self.figures or not self.complete:
             self.figures["residual"] = self._residual()
         if self.scan.truth is not None:
-            from napari_recon.jobs.quality import compare_volumes, field_of_view, on_grid
             from napari_recon.jobs.volumes import read_volume
+            from napari_recon.measures.comparison import compare_volumes, field_of_view, on_grid
 
             control.checkpoint()
             try:

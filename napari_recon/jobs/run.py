@@ -19,6 +19,8 @@ from napari_recon.jobs.job import (
     PatchJob,
     ReconstructionJob,
     RegularizationJob,
+    ResolutionJob,
+    SweepJob,
     TrainJob,
 )
 from napari_recon.jobs.memory import is_out_of_memory, release_memory, reset_peak
@@ -33,7 +35,8 @@ def run_job(job: Job, control: Control | None = None, prepared: Prepared | None 
 
     What comes, and in which order, is told in :mod:`napari_recon.jobs.reconstruct`, :mod:`~napari_recon.jobs.padmm`,
     :mod:`~napari_recon.jobs.consistency`, :mod:`~napari_recon.jobs.regularization`,
-    :mod:`~napari_recon.jobs.coil_maps`, :mod:`~napari_recon.jobs.operator` and :mod:`~napari_recon.jobs.training`.
+    :mod:`~napari_recon.jobs.resolution`, :mod:`~napari_recon.jobs.sweep`, :mod:`~napari_recon.jobs.coil_maps`,
+    :mod:`~napari_recon.jobs.operator` and :mod:`~napari_recon.jobs.training`.
     Every stream ends with exactly one of ``Finished``, ``Cancelled`` and ``Failed``. Dropping the generator ends the
     job as a cancellation does; a training keeps what it has.
 
@@ -89,6 +92,14 @@ def _run_of(job: Job, control: Control, prepared: Prepared) -> Run[Any] | TrainR
         from napari_recon.jobs.regularization import RegularizationRun
 
         return RegularizationRun(job, control, prepared)
+    if isinstance(job, ResolutionJob):
+        from napari_recon.jobs.resolution import ResolutionRun
+
+        return ResolutionRun(job, control, prepared)
+    if isinstance(job, SweepJob):
+        from napari_recon.jobs.sweep import SweepRun
+
+        return SweepRun(job, control, prepared)
     if isinstance(job, CoilMapsJob):
         from napari_recon.jobs.coil_maps import CoilMapsRun
 

@@ -365,8 +365,8 @@ class Run(Generic[AnyJob]):
         """
         import torch
 
-        from napari_recon.jobs.quality import on_grid
         from napari_recon.jobs.volumes import read_complex_volume, read_volume
+        from napari_recon.measures.comparison import on_grid
 
         if self.scan.kind == "mri":
             volume = read_complex_volume(path)

@@ -1,17 +1,26 @@
-"""Volumes on disk: float32 TIFF and OME-Zarr with voxel size, place in the world and provenance inside.
+"""Volumes on disk: TIFF, OME-Zarr, MRC, NIfTI and DICOM with voxel size, place in the world and provenance inside.
 
 A volume is written under a temporary name beside its own and then renamed, so that what bears its name is whole.
+
+Values are float32. 16 bits are written where they are asked for (and by DICOM, which has no floats): then value = slope
+* number + intercept, slope and intercept standing where each format has them, and are applied when it is read.
+
+The world's x, y and z are taken for a patient's right, anterior and superior, NIfTI's axes; DICOM's first two point the
+other way, so that a volume lies in the same place in either.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +28,18 @@ from numpy.typing import NDArray
 from napari_recon.scans.errors import ScanError
 from napari_recon.scans.grid import Grid
 
-ENDINGS = (".tif", ".tiff", ".ome.zarr")
-"""What a volume's file name ends with."""
+FORMATS = {
+    "TIFF": (".tif", ".tiff"),
+    "OME-Zarr": (".ome.zarr",),
+    "NIfTI": (".nii.gz", ".nii"),
+    "MRC": (".mrc",),
+    "DICOM": (".dcm",),
+}
+"""What volumes are written as, and what their names end with; DICOM is a folder of slices."""
+ENDINGS = tuple(ending for endings in FORMATS.values() for ending in endings)
+"""What a volume's name ends with."""
+_LIBRARIES = {".mrc": "mrcfile", ".nii": "nibabel", ".nii.gz": "nibabel", ".dcm": "pydicom"}
+"""What reads and writes the formats that not everyone needs."""
 
 _IMAGEJ_LIMIT = 2**32 - 2**22
 """ImageJ's TIFF holds less than 4 GB; larger volumes become OME-BigTIFF, which Fiji opens through Bio-Formats."""
@@ -49,18 +68,20 @@ class Volume:
         World position (x, y, z) of the volume's centre in mm.
     provenance
         How it was made: the job and what ran it; empty where the file is not ours.
+    scale
+        Edges (z, y, x) of a voxel in mm where they are no cubes; None for cubes, and where the file does not tell.
     """
 
     data: NDArray[np.float32]
     voxel_size: float | None = None
     center: tuple[float, float, float] = (0.0, 0.0, 0.0)
     provenance: dict[str, Any] = field(default_factory=dict)
+    scale: tuple[float, float, float] | None = None
 
     @property
     def grid(self) -> Grid:
         """Where the voxels are; voxels of 1 mm where the file does not tell."""
-        d, h, w = self.data.shape
-        return Grid((d, h, w), self.voxel_size or 1.0, self.center)
+        return _grid(self.data.shape, self.scale or (self.voxel_size or 1.0,) * 3, self.center)
 
 
 def check_output(path: str | Path) -> Path:
@@ -69,12 +90,15 @@ def check_output(path: str | Path) -> Path:
     Raises
     ------
     ScanError
-        If the ending is not one of :data:`ENDINGS`, the folder is missing or read-only, or something stands there
-        that is no volume.
+        If the ending is not one of :data:`ENDINGS`, what writes it is not installed, the folder is missing or
+        read-only, or something stands there that is no volume.
     """
     path = Path(path)
-    if not path.name.lower().endswith(ENDINGS) or path.name.lower() in ENDINGS:
-        raise ScanError(f"The output {path} must end in .tif or .ome.zarr: choose one of the two.")
+    ending = _ending(path)
+    if ending is None or path.name.lower() in ENDINGS:
+        known = ", ".join(ENDINGS)
+        raise ScanError(f"The output {path} has no ending that a volume is written by: choose one of {known}.")
+    _need_library(path)
     if not path.parent.is_dir():
         raise ScanError(f"The output's folder {path.parent} does not exist: create it, or choose another.")
     if not os.access(path.parent, os.W_OK):
@@ -82,8 +106,13 @@ def check_output(path: str | Path) -> Path:
     if _is_zarr(path):
         if path.exists() and not (path / "zarr.json").exists() and not (path / ".zgroup").exists():
             raise ScanError(f"{path} exists and is no OME-Zarr volume, so it is left alone: choose another name.")
+    elif ending == ".dcm":
+        if path.exists() and not (path.is_dir() and all(file.suffix == ".dcm" for file in path.iterdir())):
+            raise ScanError(
+                f"{path} exists and is no folder of DICOM slices, so it is left alone: choose another name."
+            )
     elif path.is_dir():
-        raise ScanError(f"{path} is a folder, so no TIFF can take its name: choose another name.")
+        raise ScanError(f"{path} is a folder, so no file can take its name: choose another name.")
     return path
 
 
@@ -98,73 +127,130 @@ def remove_partial(path: str | Path, process: int | None = None) -> None:
     _remove(partial_path(path, process))
 
 
-def write_volume(
-    path: str | Path,
-    data: NDArray[np.float32],
-    grid: Grid,
-    provenance: dict[str, Any] | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> Path | None:
-    """Write a volume; a volume of the same name is replaced.
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name for a file or folder, which takes its own if what is in the block ends well.
 
-    Parameters
-    ----------
-    path
-        .tif or .tiff (float32, ImageJ metadata: voxel size in mm, provenance as its Info), or .ome.zarr (OME-NGFF
-        0.5, a pyramid, scale and translation in millimetres, provenance in the attribute ``napari_recon``).
-    data
-        (D, H, W), written as float32; nothing is rescaled.
-    grid
-        Voxel size and place.
-    provenance
-        What made it; must be JSON.
-    should_stop
-        Asked just before the volume takes its name: True leaves nothing behind, and None is returned.
+    A block that removes what it wrote leaves what was there before.
 
     Raises
     ------
     ScanError
-        If the path will not do (see :func:`check_output`), or the disk is full.
+        If it cannot be written.
     """
-    path = check_output(path)
-    if data.shape != grid.shape:
-        raise ScanError(f"The volume of {data.shape} voxels does not belong to a grid of {grid.shape}.")
     partial = partial_path(path)
     _remove(partial)
     try:
-        if _is_zarr(path):
-            _write_zarr(partial, data, grid, provenance or {}, path.name)
-        else:
-            _write_tiff(partial, data, grid, provenance or {})
-        if should_stop():
-            return None
-        _take_place(partial, path)
+        yield partial
+        if partial.exists():
+            _take_place(partial, path)
     except OSError as error:
         raise ScanError(
             f"Could not write {path} ({error.strerror or error}): free some space or choose another."
         ) from error
     finally:
         _remove(partial)
-    return path
 
 
-def read_volume(path: str | Path) -> Volume:
-    """Read a volume of ours, or any 3D TIFF, OME-Zarr, folder of TIFF slices, or NumPy's .npy (no voxel size).
+def write_volume(
+    path: str | Path,
+    data: NDArray[np.float32],
+    grid: Grid,
+    provenance: dict[str, Any] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    bits: Literal[16, 32] | None = None,
+) -> Path | None:
+    """Write a volume; a volume of the same name is replaced.
+
+    Parameters
+    ----------
+    path
+        The ending says what is written: .tif or .tiff (ImageJ metadata: voxel size in mm, provenance as its Info),
+        .ome.zarr (OME-NGFF 0.5, a pyramid, scale and translation in millimetres, provenance in the attribute
+        ``napari_recon``), .nii or .nii.gz (NIfTI-1: x, y, z in mm, provenance as a comment), .mrc (MRC2014: cell and
+        origin in ångström, as the format has them, provenance in the extended header), or .dcm (a folder of DICOM
+        slices, provenance in a private element).
+    data
+        (D, H, W).
+    grid
+        Voxel size and place.
+    provenance
+        What made it; must be JSON.
+    should_stop
+        Asked just before the volume takes its name: True leaves nothing behind, and None is returned.
+    bits
+        32 for float32, 16 for whole numbers with a slope and an intercept from the volume's least and largest value:
+        within half a slope of what they were. None is 32, but 16 of DICOM.
 
     Raises
     ------
     ScanError
-        If it is missing, damaged, or not 3D.
+        If the path will not do (see :func:`check_output`), the values cannot be had in so many bits, or the disk is
+        full.
+    """
+    path = check_output(path)
+    if data.shape != grid.shape:
+        raise ScanError(f"The volume of {data.shape} voxels does not belong to a grid of {grid.shape}.")
+    ending = _ending(path)
+    if ending == ".dcm" and bits == 32:
+        raise ScanError(f"DICOM holds whole numbers of 16 bits, and {path} was to have 32: ask for 16.")
+    signed = ending in (".nii", ".nii.gz", ".mrc")  # what most that read these know
+    numbers = _Numbers()
+    if bits == 16 or ending == ".dcm":
+        numbers = _Numbers.spanning(data, "int16" if signed else "uint16", path)
+    made_by = provenance or {}
+    with replacing(path) as partial:
+        if _is_zarr(path):
+            _write_zarr(partial, data, grid, made_by, numbers, path.name)
+        elif ending == ".mrc":
+            _write_mrc(partial, data, grid, made_by, numbers)
+        elif ending in (".nii", ".nii.gz"):
+            _write_nifti(partial, data, grid, made_by, numbers, ending == ".nii.gz")
+        elif ending == ".dcm":
+            _write_dicom(partial, data, grid, made_by, numbers, path.stem)
+        else:
+            _write_tiff(partial, data, grid, made_by, numbers)
+        if should_stop():
+            _remove(partial)
+            return None
+    return path
+
+
+def read_volume(path: str | Path) -> Volume:
+    """Read a volume of ours, or of others.
+
+    These are a 3D TIFF, OME-Zarr, NIfTI or MRC file, a DICOM slice or a folder of one series of them, a folder of TIFF
+    slices, or NumPy's .npy (no voxel size). Axes of NIfTI, MRC and DICOM that run along others than ours, or the other
+    way, are swapped and turned around; numbers are brought to values where the file says how.
+
+    Raises
+    ------
+    ScanError
+        If it is missing, damaged, or not 3D, or what reads it is not installed.
     """
     path = Path(path)
     if not path.exists():
         raise ScanError(f"There is no volume {path}: check the path.")
-    slices = not _is_zarr(path) and path.is_dir() and bool(_slices(path))
-    if not slices and (not path.name.lower().endswith((*ENDINGS, ".npy")) or path.is_dir() != _is_zarr(path)):
-        raise ScanError(f"{path} is no volume: give a .tif, an .ome.zarr, a .npy or a folder of TIFF slices.")
+    read: Callable[[Path], Volume]
+    ending = _ending(path)
+    if _is_zarr(path) and path.is_dir():
+        read = _read_zarr
+    elif path.is_dir() and _dicom_slices(path):
+        read = _read_dicom
+    elif path.is_dir() and _slices(path):
+        read = _read_slices
+    elif path.suffix.lower() == ".npy" and path.is_file():
+        read = _read_npy
+    elif ending in FORMATS["TIFF"] and path.is_file():
+        read = _read_tiff
+    elif ending in _LIBRARIES and path.is_file():
+        read = {".mrc": _read_mrc, ".dcm": _read_dicom}.get(str(ending), _read_nifti)
+    else:
+        known = ", ".join((*ENDINGS, ".npy"))
+        raise ScanError(f"{path} is no volume: give one that ends in {known}, or a folder of slices.")
+    if read in (_read_dicom, _read_mrc, _read_nifti):
+        _need_library(path if ending in _LIBRARIES else path / ".dcm")
     try:
-        file = _read_npy if path.suffix.lower() == ".npy" else _read_tiff
-        read = _read_slices if slices else _read_zarr if _is_zarr(path) else file
         volume = read(path)
     except ScanError:
         raise
@@ -204,23 +290,135 @@ def read_complex_volume(path: str | Path) -> NDArray[np.complex64]:
     return data.astype(np.complex64, copy=False)
 
 
+# -- values as numbers ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """How a file holds values: value = slope * number + intercept.
+
+    Slope and intercept are what float32 has, so that all formats hold the same; of 9 digits they come back as they are.
+    """
+
+    dtype: str = "float32"
+    slope: float = 1.0
+    intercept: float = 0.0
+
+    @classmethod
+    def spanning(cls, data: NDArray[np.float32], dtype: str, path: Path) -> _Numbers:
+        """Whole numbers that reach from the least to the largest value; ``path`` is for what is said."""
+        low, high = float(np.min(data)), float(np.max(data))
+        if not np.isfinite([low, high]).all():
+            raise ScanError(f"The volume holds NaN or infinity, which {path} cannot have in 16 bits: write 32.")
+        levels = np.iinfo(dtype)
+        # A little more than the range, since rounding the two to float32 must not leave the largest value out.
+        slope = float(np.float32((high - low) * (1 + 1e-6) / (levels.max - levels.min)))
+        if slope == 0:  # one value
+            return cls(dtype, 1.0, low)
+        return cls(dtype, slope, float(np.float32(low - slope * levels.min)))
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the numbers are not the values themselves."""
+        return self.dtype != "float32"
+
+    def of(self, values: NDArray[Any]) -> NDArray[Any]:
+        """The numbers of values, contiguous; a slice at a time, since a volume may be large."""
+        if not self.scaled:
+            return np.ascontiguousarray(values, np.float32)
+        out, levels = np.empty(values.shape, self.dtype), np.iinfo(self.dtype)
+        for k, plane in enumerate(values):
+            numbers = np.rint((plane.astype(np.float64) - self.intercept) / self.slope)
+            out[k] = np.clip(numbers, levels.min, levels.max)
+        return out
+
+
+def _values(numbers: NDArray[Any], slope: float, intercept: float) -> NDArray[np.float32]:
+    """What a file's numbers stand for."""
+    if (slope, intercept) == (1.0, 0.0):
+        return numbers.astype(np.float32, copy=False)
+    out = np.empty(numbers.shape, np.float32)
+    for k, plane in enumerate(numbers):
+        out[k] = plane * np.float64(slope) + intercept
+    return out
+
+
+def _volume(
+    data: NDArray[np.float32],
+    scale: Sequence[float] | None = None,
+    center: Sequence[float] = (0.0, 0.0, 0.0),
+    provenance: dict[str, Any] | None = None,
+) -> Volume:
+    """A volume of voxels with the edges ``scale`` (z, y, x) in mm, None where the file does not tell."""
+    x, y, z = (float(c) for c in center)
+    if scale is None or not (np.isfinite(scale).all() and min(scale) > 0):
+        return Volume(data, None, (x, y, z), provenance or {})
+    edges = (float(scale[0]), float(scale[1]), float(scale[2]))
+    if max(edges) - min(edges) < 1e-3 * min(edges):
+        return Volume(data, edges[0], (x, y, z), provenance or {})
+    return Volume(data, None, (x, y, z), provenance or {}, edges)
+
+
+def _grid(shape: Sequence[int], scale: Sequence[float], center: tuple[float, float, float]) -> Grid:
+    d, h, w = shape
+    z, y, x = scale
+    return Grid((d, h, w), z, center, (1.0, y / z, x / z))
+
+
+def _upright(
+    data: NDArray[np.float32], affine: NDArray[np.float64]
+) -> tuple[NDArray[np.float32], tuple[float, float, float], tuple[float, float, float]]:
+    """A volume of any orientation, its axes swapped and turned around until they run along the world's.
+
+    What lies askew is taken for the nearest that does not.
+
+    Parameters
+    ----------
+    data
+        (k, j, i).
+    affine
+        4 x 4: from (i, j, k, 1) to the world's (x, y, z, 1) in mm.
+
+    Returns
+    -------
+    (D, H, W); the edges (z, y, x) of its voxels; its centre (x, y, z).
+    """
+    steps = np.asarray(affine, np.float64)[:3, :3]
+    edges = np.linalg.norm(steps, axis=0)
+    cosines = steps / np.where(edges > 0, edges, 1)
+    # The index that runs along x, along y, and along z.
+    along = max(itertools.permutations(range(3)), key=lambda order: sum(abs(cosines[range(3), order])))
+    upright = data.transpose([2 - along[axis] for axis in (2, 1, 0)])
+    upright = upright[tuple(slice(None, None, -1 if steps[axis, along[axis]] < 0 else 1) for axis in (2, 1, 0))]
+    x, y, z = (float(c) for c in steps @ ((np.array(data.shape[::-1]) - 1) / 2) + np.asarray(affine)[:3, 3])
+    dz, dy, dx = (float(edges[along[axis]]) for axis in (2, 1, 0))
+    return np.array(upright, np.float32, order="C"), (dz, dy, dx), (x, y, z)
+
+
 # -- TIFF ----------------------------------------------------------------------------------------------------------
 
 
-def _write_tiff(path: Path, data: NDArray, grid: Grid, provenance: dict[str, Any]) -> None:
+def _write_tiff(path: Path, data: NDArray, grid: Grid, provenance: dict[str, Any], numbers: _Numbers) -> None:
     import tifffile
 
-    info = json.dumps({"center": grid.center, **provenance})
-    volume = np.ascontiguousarray(data, np.float32)
+    volume = numbers.of(data)
+    rescale = {"slope": numbers.slope, "intercept": numbers.intercept}
     if volume.nbytes < _IMAGEJ_LIMIT:
+        info = json.dumps({"center": grid.center, **provenance})
+        # ImageJ's calibration by a straight line: what it shows are values.
+        calibration = (
+            {"cf": 0, "c0": f"{numbers.intercept:.9g}", "c1": f"{numbers.slope:.9g}"} if numbers.scaled else {}
+        )
         tifffile.imwrite(
             path,
             volume,
             imagej=True,
             resolution=(1 / grid.scale[2], 1 / grid.scale[1]),
-            metadata={"axes": "ZYX", "spacing": grid.scale[0], "unit": "mm", "Info": info},
+            metadata={"axes": "ZYX", "spacing": grid.scale[0], "unit": "mm", "Info": info, **calibration},
         )
         return
+    told = {"center": grid.center, **({"rescale": rescale} if numbers.scaled else {}), **provenance}
+    info = json.dumps(told)
     size = {f"PhysicalSize{axis}": edge for axis, edge in zip("ZYX", grid.scale, strict=True)}
     units = {f"PhysicalSize{axis}Unit": "mm" for axis in "XYZ"}
     metadata = {"axes": "ZYX", **size, **units, "Description": info}
@@ -232,35 +430,37 @@ def _read_tiff(path: Path) -> Volume:
 
     with tifffile.TiffFile(path) as file:
         page = file.pages[0]
-        size: float | None = None
+        scale: list[float] | None = None
         info: Any = None
+        slope, intercept = 1.0, 0.0
         if file.imagej_metadata:
             meta = file.imagej_metadata
             unit = _LENGTHS.get(str(meta.get("unit", "")).lower())
-            tag = page.tags.get("XResolution")  # type: ignore[union-attr]
             info = meta.get("Info")
             if unit and "spacing" in meta:
-                size = float(meta["spacing"]) * unit
-                across = tag.value[1] / tag.value[0] * unit if tag and tag.value[0] else size
-                size = size if abs(across - size) < 1e-3 * size else None
+                deep = float(meta["spacing"])
+                tags = [page.tags.get(name) for name in ("YResolution", "XResolution")]  # type: ignore[union-attr]
+                across = [tag.value[1] / tag.value[0] if tag and tag.value[0] else deep for tag in tags]
+                scale = [edge * unit for edge in (deep, *across)]
+            if meta.get("cf") == 0 and "c1" in meta:
+                slope, intercept = float(meta["c1"]), float(meta.get("c0", 0.0))
         elif file.is_ome:
             root = tifffile.xml2dict(file.ome_metadata or "")["OME"]["Image"]
             root = root[0] if isinstance(root, list) else root
             pixels, info = root["Pixels"], root.get("Description")
-            sizes = [
-                float(pixels[f"PhysicalSize{a}"]) * _LENGTHS[str(pixels.get(f"PhysicalSize{a}Unit", "µm")).lower()]
-                for a in "XYZ"
-                if f"PhysicalSize{a}" in pixels
-            ]
-            size = sizes[0] if sizes and max(sizes) - min(sizes) < 1e-3 * min(sizes) else None
-        data = file.asarray().astype(np.float32, copy=False)
+            if "PhysicalSizeX" in pixels:
+                sizes = [(f"PhysicalSize{a}" if f"PhysicalSize{a}" in pixels else "PhysicalSizeX") for a in "ZYX"]
+                scale = [float(pixels[n]) * _LENGTHS[str(pixels.get(f"{n}Unit", "µm")).lower()] for n in sizes]
+        data = file.asarray()
         data = data[None] if data.ndim == 2 else data  # a single slice (fan beam)
         images = (file.imagej_metadata or {}).get("images", len(data))
         if images != len(data):
             raise ScanError(f"{path} has {len(data)} of its {images} slices: it was cut short, so copy it again.")
     provenance = _json(info)
     center = provenance.pop("center", (0.0, 0.0, 0.0))
-    return Volume(data, size, (center[0], center[1], center[2]), provenance)
+    if isinstance(rescale := provenance.pop("rescale", None), dict):
+        slope, intercept = float(rescale["slope"]), float(rescale["intercept"])
+    return _volume(_values(data, slope, intercept), scale, center, provenance)
 
 
 def _slices(folder: Path) -> list[Path]:
@@ -283,7 +483,9 @@ def _read_npy(path: Path) -> Volume:
 # -- OME-Zarr ------------------------------------------------------------------------------------------------------
 
 
-def _write_zarr(path: Path, data: NDArray, grid: Grid, provenance: dict[str, Any], name: str) -> None:
+def _write_zarr(
+    path: Path, data: NDArray, grid: Grid, provenance: dict[str, Any], numbers: _Numbers, name: str
+) -> None:
     import zarr
     from ome_zarr.writer import write_multiscales_metadata
 
@@ -295,11 +497,13 @@ def _write_zarr(path: Path, data: NDArray, grid: Grid, provenance: dict[str, Any
         array = root.create_array(
             str(number),
             shape=level.shape,
-            dtype="float32",
+            dtype=numbers.dtype,
             chunks=tuple(min(64, n) for n in level.shape),
             dimension_names=("z", "y", "x"),
         )
-        array[:] = level
+        array[:] = numbers.of(level)
+        if numbers.scaled:  # as the CF conventions call them, which xarray knows
+            array.attrs.update({"scale_factor": numbers.slope, "add_offset": numbers.intercept})
         # A coarser voxel lies in the middle of the 2 x 2 x 2 that it averages.
         shift = [(coarse - edge) / 2 for coarse, edge in zip(size, grid.scale, strict=True)]
         transforms = [
@@ -325,7 +529,9 @@ def _read_zarr(path: Path) -> Volume:
     if not scales:
         raise ScanError(f"{path} holds no multiscales metadata, so it is no OME-Zarr image.")
     axes, first = scales[0].get("axes", []), scales[0]["datasets"][0]
-    data = np.asarray(root[first["path"]][...], np.float32)  # type: ignore[index]
+    array: Any = root[first["path"]]
+    slope, intercept = (float(array.attrs.get(key, usual)) for key, usual in (("scale_factor", 1), ("add_offset", 0)))
+    data = np.asarray(array[...])
     while data.ndim > 3 and data.shape[0] == 1:  # time and channel of one
         data, axes = data[0], axes[1:]
     steps, starts = [1.0] * 3, None
@@ -335,18 +541,226 @@ def _read_zarr(path: Path) -> Volume:
         if transform["type"] == "translation":
             starts = [float(t) for t in transform["translation"][-3:]]
     units = [_LENGTHS.get(str(a.get("unit", "")).lower()) if isinstance(a, dict) else None for a in axes[-3:]]
-    size, center = None, (0.0, 0.0, 0.0)
+    scale, center = None, (0.0, 0.0, 0.0)
     if data.ndim == 3 and units and None not in units:
-        mm = [float(s * u) for s, u in zip(steps, units, strict=True)]  # type: ignore[operator]
-        size = mm[0] if max(mm) - min(mm) < 1e-3 * min(mm) else None
-        if size and starts is not None:
+        scale = [float(s * u) for s, u in zip(steps, units, strict=True)]  # type: ignore[operator]
+        if starts is not None:
             z, y, x = (
-                t * u + (n - 1) / 2 * size  # type: ignore[operator]
-                for t, u, n in zip(starts, units, data.shape, strict=True)
+                t * u + (n - 1) / 2 * edge  # type: ignore[operator]
+                for t, u, n, edge in zip(starts, units, data.shape, scale, strict=True)
             )
             center = (x, y, z)
     provenance = attributes.get("napari_recon", {})
-    return Volume(data, size, center, provenance if isinstance(provenance, dict) else {})
+    return _volume(_values(data, slope, intercept), scale, center, provenance if isinstance(provenance, dict) else None)
+
+
+# -- MRC -----------------------------------------------------------------------------------------------------------
+
+_ANGSTROM = 1e-7
+"""MRC's unit of length in mm."""
+
+
+def _write_mrc(path: Path, data: NDArray, grid: Grid, provenance: dict[str, Any], numbers: _Numbers) -> None:
+    import mrcfile
+
+    told: dict[str, Any] = {"center": grid.center, "provenance": provenance}
+    with mrcfile.new(path) as file:
+        file.set_data(numbers.of(data))
+        file.set_volume()
+        file.voxel_size = tuple(edge / _ANGSTROM for edge in grid.scale[::-1])
+        for axis, start in zip("zyx", grid.translate, strict=True):
+            file.header.origin[axis] = start / _ANGSTROM
+        if numbers.scaled:  # the format has no field for them: a person finds them in the label
+            told["rescale"] = [numbers.slope, numbers.intercept]
+            file.add_label(f"value = {numbers.slope:.9g} * number + {numbers.intercept:.9g}")
+        file.set_extended_header(np.frombuffer(json.dumps(told).encode(), np.uint8))
+        file.header.exttyp = b"JSON"
+
+
+def _read_mrc(path: Path) -> Volume:
+    import mrcfile
+
+    with mrcfile.open(path, mode="r") as file:
+        header = file.header
+        data = np.asarray(file.data)
+        if data.dtype.kind == "c":
+            raise ScanError(f"{path} holds complex values; a volume has real numbers.")
+        if data.ndim == 2:
+            data = data[None]
+        edges = np.array([file.voxel_size[axis] for axis in "xyz"], np.float64) * _ANGSTROM
+        origin = np.array([header.origin[axis] for axis in "xyz"], np.float64) * _ANGSTROM
+        along = [int(header[name]) - 1 for name in ("mapc", "mapr", "maps")]  # the world's axis of i, of j, of k
+        extended = np.asarray(file.extended_header).tobytes() if bytes(header.exttyp) == b"JSON" else b""
+        told = _json(extended.decode(errors="replace"))
+    slope, intercept = told.get("rescale", (1.0, 0.0))
+    data = _values(data, float(slope), float(intercept))
+    provenance = told.get("provenance")
+    if data.ndim != 3 or sorted(along) != [0, 1, 2] or not edges.all():
+        return _volume(data, None, (0, 0, 0), provenance)
+    affine = np.eye(4)
+    affine[:3, :3] = np.diag(edges)[:, along]
+    affine[:3, 3] = origin
+    data, scale, center = _upright(data, affine)
+    if not origin.any():  # nobody said where it is
+        center = (0.0, 0.0, 0.0)
+    return _volume(data, scale, told.get("center", center), provenance)
+
+
+# -- NIfTI ---------------------------------------------------------------------------------------------------------
+
+
+def _write_nifti(
+    path: Path, data: NDArray, grid: Grid, provenance: dict[str, Any], numbers: _Numbers, compressed: bool
+) -> None:
+    import gzip
+
+    from nibabel.nifti1 import Nifti1Extension, Nifti1Image
+
+    affine = np.diag([*grid.scale[::-1], 1.0])
+    affine[:3, 3] = grid.translate[::-1]
+    image = Nifti1Image(numbers.of(data).transpose(2, 1, 0), affine)
+    header = image.header
+    header.set_xyzt_units("mm")
+    image.set_sform(affine, code="scanner")
+    image.set_qform(affine, code="scanner")
+    if numbers.scaled:
+        header.set_slope_inter(numbers.slope, numbers.intercept)
+    header.extensions.append(Nifti1Extension("comment", json.dumps(provenance).encode()))
+    with open(path, "wb") as file:
+        if compressed:  # neither a time nor the temporary name within: what is written twice is the same
+            with gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as packed:
+                image.to_stream(packed)
+        else:
+            image.to_stream(file)
+
+
+def _read_nifti(path: Path) -> Volume:
+    import nibabel
+
+    image: Any = nibabel.load(path)
+    data = np.array(image.dataobj, np.float32)
+    while data.ndim > 3 and data.shape[-1] == 1:
+        data = data[..., 0]
+    data = data[..., None] if data.ndim == 2 else data
+    provenance: dict[str, Any] = {}
+    for extension in image.header.extensions:
+        if extension.get_code() == 6:  # a comment
+            provenance = provenance or _json(extension.get_content())
+    if data.ndim != 3:
+        return Volume(data.T)  # refused by its dimensions
+    unit = _LENGTHS.get(image.header.get_xyzt_units()[0], 1.0)
+    upright, scale, center = _upright(data.transpose(2, 1, 0), np.diag([unit, unit, unit, 1.0]) @ image.affine)
+    return _volume(upright, scale, center, provenance)
+
+
+# -- DICOM ---------------------------------------------------------------------------------------------------------
+
+_PRIVATE = 0x0071
+"""Group of the private element that holds the provenance."""
+_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+"""To DICOM's patient axes (left, posterior, superior) from the world's, and back."""
+
+
+def _write_dicom(
+    path: Path, data: NDArray, grid: Grid, provenance: dict[str, Any], numbers: _Numbers, name: str
+) -> None:
+    import datetime
+
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
+
+    mri = "coils" in ((provenance.get("job") or {}).get("options") or {})
+    storage = MRImageStorage if mri else CTImageStorage  # slices, which every viewer opens
+    study, series, place = (generate_uid() for _ in range(3))
+    now = datetime.datetime.now()
+    z0, y0, x0 = grid.translate
+    dz, dy, dx = (f"{edge:.9g}" for edge in grid.scale)
+    low, high = float(np.min(data)), float(np.max(data))
+    path.mkdir()
+    for k in range(grid.shape[0]):
+        meta = FileMetaDataset()
+        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = storage, generate_uid()
+        meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        one = Dataset()
+        one.file_meta = meta
+        one.SpecificCharacterSet = "ISO_IR 192"
+        one.ImageType = ["DERIVED", "SECONDARY", "AXIAL"]
+        one.SOPClassUID, one.SOPInstanceUID = storage, meta.MediaStorageSOPInstanceUID
+        one.StudyInstanceUID, one.SeriesInstanceUID, one.FrameOfReferenceUID = study, series, place
+        one.StudyDate = one.SeriesDate = one.ContentDate = now.strftime("%Y%m%d")
+        one.StudyTime = one.SeriesTime = one.ContentTime = now.strftime("%H%M%S")
+        one.Modality = "MR" if mri else "CT"
+        one.Manufacturer = "napari-recon"
+        one.PatientName = one.PatientID = one.SeriesDescription = name[:64]
+        one.AccessionNumber = one.ReferringPhysicianName = one.PatientBirthDate = one.PatientSex = ""
+        one.StudyID = one.PositionReferenceIndicator = one.PatientPosition = ""
+        one.SeriesNumber, one.AcquisitionNumber, one.InstanceNumber = 1, 1, k + 1
+        if mri:
+            one.ScanningSequence, one.SequenceVariant, one.ScanOptions = "RM", "NONE", ""
+            one.MRAcquisitionType, one.EchoTime, one.EchoTrainLength = "3D", None, None
+        else:
+            one.KVP = None
+        # The world's x and y run to DICOM's right and back, see the module.
+        one.ImageOrientationPatient = [-1, 0, 0, 0, -1, 0]
+        one.ImagePositionPatient = [f"{c:.9g}" for c in (-x0, -y0, z0 + k * grid.scale[0])]
+        one.PixelSpacing, one.SliceThickness, one.SpacingBetweenSlices = [dy, dx], dz, dz
+        one.SamplesPerPixel, one.PhotometricInterpretation = 1, "MONOCHROME2"
+        one.Rows, one.Columns = grid.shape[1:]
+        one.BitsAllocated, one.BitsStored, one.HighBit, one.PixelRepresentation = 16, 16, 15, 0
+        one.RescaleSlope, one.RescaleIntercept = f"{numbers.slope:.9g}", f"{numbers.intercept:.9g}"
+        one.RescaleType = "US"
+        one.WindowCenter, one.WindowWidth = f"{(low + high) / 2:.9g}", f"{max(high - low, numbers.slope):.9g}"
+        one.VOILUTFunction = "LINEAR_EXACT"  # windows narrower than 1 are for this one only
+        one.PixelData = numbers.of(data[k : k + 1]).astype("<u2", copy=False).tobytes()
+        one.private_block(_PRIVATE, "napari-recon", create=True).add_new(1, "UT", json.dumps(provenance))
+        one.save_as(path / f"{k + 1:05d}.dcm", enforce_file_format=True)
+
+
+def _dicom_slices(path: Path) -> list[Path]:
+    return sorted(file for file in path.iterdir() if file.suffix.lower() == ".dcm") if path.is_dir() else [path]
+
+
+def _read_dicom(path: Path) -> Volume:
+    from pydicom import dcmread
+
+    found = [dcmread(file) for file in _dicom_slices(path)]
+    if any(int(one.get("NumberOfFrames", 1) or 1) > 1 for one in found):
+        raise ScanError(f"{path} holds several frames in one file, which is not read: give a folder of slices.")
+    series, shapes = {one.get("SeriesInstanceUID") for one in found}, {(one.Rows, one.Columns) for one in found}
+    if len(series) > 1 or len(shapes) > 1:
+        raise ScanError(f"{path} holds the slices of more than one series: give a folder with those of one.")
+    first = found[0]
+    placed = all("ImagePositionPatient" in one and "ImageOrientationPatient" in one for one in found)
+    affine = np.eye(4)
+    if placed:
+        rows, columns = np.array(first.ImageOrientationPatient, np.float64).reshape(2, 3)
+        normal = np.cross(rows, columns)
+        at = [float(np.array(one.ImagePositionPatient, np.float64) @ normal) for one in found]
+        found = [found[k] for k in np.argsort(at, kind="stable")]
+        corners = np.array([one.ImagePositionPatient for one in found], np.float64)
+        deep = float(first.get("SpacingBetweenSlices") or first.get("SliceThickness") or 1.0)
+        step = normal * deep if len(found) == 1 else (corners[-1] - corners[0]) / (len(found) - 1)
+        if np.abs(corners - corners[0] - np.arange(len(found))[:, None] * step).max() > 0.05 * np.linalg.norm(step):
+            raise ScanError(f"The slices of {path} are not evenly spaced: some are missing, or it is no volume.")
+        pitch = np.array(first.get("PixelSpacing", (1.0, 1.0)), np.float64)
+        affine[:3, :3] = np.stack([rows * pitch[1], columns * pitch[0], step], axis=1)
+        affine[:3, 3] = corners[0]
+    else:
+        found.sort(key=lambda one: int(one.get("InstanceNumber") or 0))
+    data = np.stack(
+        [
+            _values(one.pixel_array[None], float(one.get("RescaleSlope", 1)), float(one.get("RescaleIntercept", 0)))[0]
+            for one in found
+        ]
+    )
+    try:
+        provenance = _json(first.private_block(_PRIVATE, "napari-recon")[1].value)
+    except KeyError:
+        provenance = {}
+    if not placed:
+        return Volume(data, provenance=provenance)
+    upright, scale, center = _upright(data, _LPS @ affine)
+    return _volume(upright, scale, center, provenance)
 
 
 # -- names ---------------------------------------------------------------------------------------------------------
@@ -356,10 +770,24 @@ def _is_zarr(path: Path) -> bool:
     return path.name.lower().endswith(".zarr")
 
 
+def _ending(path: Path) -> str | None:
+    """The one of :data:`ENDINGS` that the name has."""
+    return next((ending for ending in ENDINGS if path.name.lower().endswith(ending)), None)
+
+
+def _need_library(path: Path) -> None:
+    library = _LIBRARIES.get(_ending(path) or "")
+    if library is not None and importlib.util.find_spec(library) is None:
+        raise ScanError(f"{path} needs {library}: install it with pip install 'napari-recon[formats]'.")
+
+
 def _json(text: Any) -> dict[str, Any]:
+    """What a file tells of itself; nothing, where that is not ours."""
+    if isinstance(text, bytes):
+        text = text.decode(errors="replace")
     try:
-        found = json.loads(text)
-    except (TypeError, ValueError):
+        found = json.loads(text.rstrip("\0"))
+    except (AttributeError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 

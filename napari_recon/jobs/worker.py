@@ -138,7 +138,7 @@ class Worker:
                 self._process, self._orders = process, orders
             atexit.register(self.close)
             threading.Thread(target=self._write, args=(process, orders), name="orders", daemon=True).start()
-            threading.Thread(target=self._read, args=(process,), name="messages", daemon=True).start()
+            threading.Thread(target=self._read, args=(process, orders), name="messages", daemon=True).start()
 
     def submit(self, job: Job) -> None:
         """Run a job; one that still runs is cancelled first, and nothing more is heard of it."""
@@ -222,7 +222,7 @@ class Worker:
                 process.stdin.write(order)
                 process.stdin.flush()
 
-    def _read(self, process: subprocess.Popen[bytes]) -> None:
+    def _read(self, process: subprocess.Popen[bytes], orders: deque[bytes]) -> None:
         assert process.stdout is not None
         with process.stdout as stream:
             while (found := _unpack(stream)) is not None:
@@ -243,8 +243,8 @@ class Worker:
                         self._running = False
                     self._messages.append((number, message))
         status = process.wait()
-        with self._order_given:  # lets the writing thread go
-            self._orders.append(b"")
+        with self._order_given:  # lets its own writing thread go; ``self._orders`` may be its successor's already
+            orders.append(b"")
             self._order_given.notify_all()
         if self._closed:
             return

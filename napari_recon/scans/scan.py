@@ -32,6 +32,12 @@ class ScanOptions(BaseModel):
     views: int | None = Field(
         default=None, ge=1, title="Views", description="Evenly spaced views to keep; none keeps all."
     )
+    half: Literal["even", "odd"] | None = Field(
+        default=None,
+        title="Half",
+        description="Every second of those views, from the first ('even') or the second one on ('odd'): what comes out "
+        "alike of both halves is resolved.",
+    )
     binning: int = Field(default=1, ge=1, le=64, title="Binning", description="n x n detector pixels become one.")
     axis_offset: float | None = Field(
         default=None,
@@ -72,6 +78,8 @@ class Scan:
         have, asked = len(self.recording.frames), self.options.views
         if asked is not None and asked > have:
             raise ScanError(f"{self.path} has {have} views and {asked} were asked for: ask for {have} at most.")
+        if self.options.half is not None and (asked or have) < 2:
+            raise ScanError(f"A single view of {self.path} has no halves: ask for more views, or leave the half out.")
         _ = self.geometry  # refuses a binning that leaves nothing, before anyone computes
 
     # -- what it is ----------------------------------------------------------------------------------------------
@@ -98,11 +106,12 @@ class Scan:
 
     @cached_property
     def view_indices(self) -> NDArray[np.intp]:
-        """(views,): which of the recorded views are kept, evenly spaced."""
+        """(views,): which of the recorded views are kept, evenly spaced; or every second of those."""
         have = len(self.recording.frames)
         keep = self.options.views or have
         # Whole steps from the first view on, endpoint excluded: an even part of a full circle stays even.
-        return np.arange(keep) * have // keep
+        indices = np.arange(keep) * have // keep
+        return indices if self.options.half is None else indices[int(self.options.half == "odd") :: 2]
 
     @cached_property
     def frames(self) -> Frames:
@@ -126,7 +135,7 @@ class Scan:
         if self.options.axis_offset is not None:
             # Only the mean moves: a wobble that the file describes stays.
             geometry = geometry.with_axis_offset(self.options.axis_offset - float(np.mean(geometry.axis_offset)))
-        if self.options.views is not None:
+        if self.options.views is not None or self.options.half is not None:
             geometry = geometry.select(self.view_indices)
         return geometry if self.options.binning == 1 else geometry.binned(self.options.binning)
 

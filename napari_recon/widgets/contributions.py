@@ -6,9 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from napari_recon.jobs.volumes import ENDINGS, FORMATS
 from napari_recon.scans.errors import ScanError
 
 LayerData = tuple[Any, dict[str, Any], str]
+
+VOLUMES = tuple(ending for ending in ENDINGS if ending not in FORMATS["TIFF"])
+"""What the volumes end with that are read here; TIFF is everybody's."""
 
 SYNTHETIC: dict[str, tuple[str, dict[str, Any]]] = {
     "few-view-walnut": ("Textured walnut, 10 views", {"kind": "textured-walnut", "size": 96, "views": 10}),
@@ -88,18 +92,22 @@ def mri_head_10() -> list[LayerData]:
 
 
 def get_reader(path: str | Sequence[str]) -> Callable[[Any], list[LayerData]] | None:
-    """A reader for what :func:`napari_recon.open_scan` understands, or None for everything else.
+    """A reader for scans, saved sessions, and volumes in the formats that napari has no reader for; or None.
 
     Opening a scan reads no frames, so it is simply tried: a file that is not a scan is left to other readers.
     """
     if not isinstance(path, str):
         return None
     from napari_recon.scans import open_scan
+    from napari_recon.widgets.session_file import is_session
+
+    if is_session(path):
+        return _session
 
     try:
         open_scan(path)
     except (ScanError, OSError):
-        return None
+        return _volume if path.lower().rstrip("/").endswith(VOLUMES) else None
     return lambda where: _projections(Path(where if isinstance(where, str) else where[0]))
 
 
@@ -112,3 +120,55 @@ def _projections(path: Path) -> list[LayerData]:
         return [(each.pop("data"), each, "image") for each in kspace(scan)]
     array, arguments = projections(scan)
     return [(array, arguments, "image")]
+
+
+def _session(where: Any) -> list[Any]:
+    """A saved session, opened in the viewer; where there is none, its volumes."""
+    import napari
+
+    from napari_recon.widgets import session_file
+
+    path = Path(where if isinstance(where, str) else where[0])
+    viewer = napari.current_viewer()
+    if viewer is not None:
+        from napari_recon.widgets.session import Session
+
+        Session.of(viewer).open_session(path)
+        return [(None,)]
+    return [layer.as_layer_data_tuple() for layer in session_file.make_layers(*session_file.read(path))]
+
+
+def _volume(where: Any) -> list[Any]:
+    """A volume's layer, which tells how it was made where the file does."""
+    from napari_recon.jobs.volumes import read_volume
+    from napari_recon.widgets import layers as shown
+
+    path = Path(where if isinstance(where, str) else where[0])
+    volume = read_volume(path)
+    made_by = volume.provenance
+    told = (
+        {"shows": "volume", "job": made_by.get("job") or {}, "volume": "result", "provenance": made_by}
+        if made_by
+        else {}
+    )
+    name = next(path.name[: -len(ending)] for ending in ENDINGS if path.name.lower().endswith(ending))
+    layer = shown.volume_layer(name, volume.data, volume.grid.scale, volume.grid.translate, told)
+    if not told:
+        del layer.metadata[shown.KEY]
+    if (limits := shown.contrast_limits(volume.data)) is not None:
+        layer.contrast_limits_range = layer.contrast_limits = limits
+    return [layer.as_layer_data_tuple()]
+
+
+def write_volume(path: str, data: Any, attributes: dict[str, Any]) -> list[str]:
+    """Write an image layer as napari's File > Save asks for it; the ending says as what."""
+    from napari.layers import Image
+
+    from napari_recon.widgets.displays import can_be_exported, export_layer
+
+    layer = Image(data, **attributes)
+    if not can_be_exported(layer):
+        raise ScanError(
+            f"{layer.name} is no volume of three axes, as {Path(path).name} would be: choose another layer."
+        )
+    return [str(export_layer(layer, Path(path)))]

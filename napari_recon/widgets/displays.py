@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from napari.layers import Image
+from pydantic import BaseModel
 
 from napari_recon.jobs.job import (
     SHIPPED_WEIGHTS,
@@ -492,6 +493,38 @@ def told_by(layer: Layer) -> dict[str, Any]:
     """What a layer's metadata tells of how it was made; empty where it is not ours."""
     told = layer.metadata.get(shown.KEY)
     return told if isinstance(told, dict) else {}
+
+
+def start_layer(parameters: BaseModel, layers: Iterable[Layer]) -> Image | None:
+    """The layer that PADMM is to start from, if it is one of these."""
+    if isinstance(parameters, PADMMParameters) and parameters.start.startswith(LAYER):
+        name = parameters.start.removeprefix(LAYER)
+        return next((x for x in layers if x.name == name and isinstance(x, Image)), None)
+    return None
+
+
+def can_be_exported(layer: Layer) -> bool:
+    """Whether a layer is one volume of numbers, of ours or not."""
+    told = told_by(layer)
+    measured = "scan" in told and "job" not in told  # projections, k-space
+    return isinstance(layer, Image) and layer.ndim == 3 and not (layer.rgb or layer.multiscale or measured)
+
+
+def export_layer(layer: Layer, path: Path, bits: Literal[16, 32] | None = None) -> Path:
+    """Write a layer's volume, where it lies and with what it tells; takes a while: call it from a thread.
+
+    Raises
+    ------
+    ScanError
+        If it cannot be written there, see :func:`~napari_recon.jobs.volumes.write_volume`, or is turned or sheared.
+    """
+    from napari_recon.jobs.volumes import write_volume
+    from napari_recon.widgets.compare_display import grid_of
+
+    told = told_by(layer)
+    made_by = told.get("provenance") or {name: told[name] for name in ("job",) if name in told}
+    write_volume(path, np.asarray(layer.data, np.float32), grid_of(layer), made_by, bits=bits)
+    return path
 
 
 def phase_of(layer: Layer, among: Iterable[Layer]) -> Image | None:

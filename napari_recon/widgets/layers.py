@@ -1,12 +1,13 @@
 """Layers in mm: volumes that are updated box by box, projections, and the acquisition's geometry.
 
-Everything that reaches behind napari's public face (the texture upload and the outline of a patch) stands here, behind
+Everything that reaches behind napari's public face (the texture upload, outlines, captions) stands here, behind
 guards: where napari changes, the layers still show the right values, only more slowly and without the outline.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Sequence
@@ -94,6 +95,52 @@ def show_name(layer: Layer, size: float = 13) -> None:
         layer.name_overlay.visible = True
 
 
+@functools.cache
+def _caption_overlay() -> Any:
+    """An overlay that writes a layer's name and a text; napari's own can only write the name."""
+    from napari._vispy.overlays.text import _VispyLayerTextOverlay
+    from napari._vispy.utils.visual import overlay_to_visual
+    from napari.components.overlays import LayerNameOverlay
+
+    class Caption(LayerNameOverlay):
+        text: str = ""
+
+    class VispyCaption(_VispyLayerTextOverlay):
+        def _connect_events(self) -> None:
+            self.overlay.events.text.connect(self._on_text_change)
+            self.layer.events.name.connect(self._on_text_change)
+
+        def _on_text_change(self) -> None:
+            self.node.text = f"{self.layer.name}\n{self.overlay.text}"
+            self._on_position_change()
+
+    overlay_to_visual[Caption] = VispyCaption
+    return Caption
+
+
+def show_caption(layer: Layer, text: str, size: float = 12) -> None:
+    """Write the layer's name and a line below it into its part of the canvas, where this napari can.
+
+    Without a text the name is written alone.
+    """
+    with contextlib.suppress(AttributeError, ImportError, KeyError, TypeError):
+        overlays = layer._overlays
+        if "caption" not in overlays:
+            if not text:
+                return
+            overlays["caption"] = _caption_overlay()(position="top_center", font_size=size, text=text, visible=True)
+        overlays["caption"].text, overlays["caption"].font_size = text, size
+        overlays["caption"].visible = bool(text)
+        layer.name_overlay.visible = not text
+
+
+def caption(layer: Layer) -> str:
+    """The line below the layer's name; empty where there is none."""
+    with contextlib.suppress(AttributeError, KeyError):
+        return str(layer._overlays["caption"].text)
+    return ""
+
+
 def contrast_limits(volume: NDArray[np.float32]) -> tuple[float, float] | None:
     """Limits from a sample of the volume inside the field of view, or None while it holds nothing.
 
@@ -154,6 +201,14 @@ def make_room(viewer: Viewer, layers: Sequence[Layer], cells: Cells, ndisplay: L
     viewer.canvas.overlays.scale_bar.visible = True
     if ndisplay is not None:
         viewer.dims.ndisplay = ndisplay
+
+
+def put_in_order(viewer: Viewer, layers: Sequence[Layer]) -> None:
+    """Let layers stand in the viewer's list in this order, at the places that they have; a grid is filled in it."""
+    places = sorted(viewer.layers.index(layer) for layer in layers)
+    for place, layer in zip(places, layers, strict=True):
+        if (now := viewer.layers.index(layer)) != place:
+            viewer.layers.move(now, place)
 
 
 def cut_open(layer: Image, cut: bool = True) -> None:
@@ -344,16 +399,17 @@ def _scene_canvas(viewer: Viewer) -> Any:
         return None
 
 
-class PatchOutline:
-    """The twelve edges of the patch that is being worked on, drawn with the layer.
+class Outline:
+    """Lines that are drawn with a layer.
 
-    A child of the layer's own vispy node: it follows the layer in grid mode and from 2D to 3D, costs 24 vertices, and
-    leaves the layer list alone. In 2D it shows only while the slice passes through the patch.
+    A child of the layer's own vispy node: it follows the layer in grid mode and from 2D to 3D, costs a few vertices,
+    and leaves the layer list alone. Subclasses say where the lines are, and whether that changes with the slice.
     """
+
+    _follows_slice = True
 
     def __init__(self, viewer: Viewer, layer: Image, color: str = "#ffb000") -> None:
         self.viewer, self.layer = viewer, layer
-        self.box: Region | None = None
         self._line: Any = None
         try:
             from vispy.scene.visuals import Line
@@ -368,19 +424,14 @@ class PatchOutline:
             self._line = line
         except (AttributeError, KeyError, ImportError):
             return
-        viewer.dims.events.point.connect(self._redraw)
+        if self._follows_slice:
+            viewer.dims.events.point.connect(self._redraw)
         viewer.dims.events.ndisplay.connect(self._redraw)
 
     @property
     def visible(self) -> bool:
         """Whether the outline is drawn now."""
         return self._line is not None and bool(self._line.visible)
-
-    def show(self, box: Region | None) -> None:
-        """Draw a box, or none."""
-        if box != self.box:
-            self.box = box
-            self._redraw()
 
     def _redraw(self, event: object = None) -> None:
         if self._line is None:
@@ -398,7 +449,36 @@ class PatchOutline:
             node.update()
 
     def _corners(self) -> NDArray[np.float32] | None:
-        """Vertices of the edges, two an edge, in the node's coordinates: x, y(, z) of displayed axes, in voxels."""
+        """Vertices of the lines, two a line, in the node's coordinates: x, y(, z) of displayed axes, in voxels."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Take the outline away and undo the connections."""
+        if self._line is not None:
+            for event in (self.viewer.dims.events.point, self.viewer.dims.events.ndisplay):
+                with contextlib.suppress(TypeError, ValueError):
+                    event.disconnect(self._redraw)
+            self._line.parent = None
+            self._line = None
+
+
+class PatchOutline(Outline):
+    """The twelve edges of the patch that is being worked on.
+
+    In 2D they show only while the slice passes through the patch.
+    """
+
+    def __init__(self, viewer: Viewer, layer: Image, color: str = "#ffb000") -> None:
+        super().__init__(viewer, layer, color)
+        self.box: Region | None = None
+
+    def show(self, box: Region | None) -> None:
+        """Draw a box, or none."""
+        if box != self.box:
+            self.box = box
+            self._redraw()
+
+    def _corners(self) -> NDArray[np.float32] | None:
         if self.box is None:
             return None
         displayed = displayed_axes(self.viewer, self.layer)
@@ -418,14 +498,26 @@ class PatchOutline:
                 edges += [low + start * (high - low), low + stop * (high - low)]
         return np.array(edges, np.float32)
 
-    def close(self) -> None:
-        """Take the outline away and undo the connections."""
-        if self._line is not None:
-            with contextlib.suppress(TypeError, ValueError):
-                self.viewer.dims.events.point.disconnect(self._redraw)
-                self.viewer.dims.events.ndisplay.disconnect(self._redraw)
-            self._line.parent = None
-            self._line = None
+
+class LineOutline(Outline):
+    """One straight line between two places of the world; in 2D it is seen on every slice."""
+
+    _follows_slice = False
+
+    def __init__(self, viewer: Viewer, layer: Image, color: str = "#ffb000") -> None:
+        super().__init__(viewer, layer, color)
+        self.ends: tuple[Sequence[float], Sequence[float]] | None = None
+
+    def show(self, ends: tuple[Sequence[float], Sequence[float]] | None) -> None:
+        """Draw a line from one (z, y, x) in mm to another, or none."""
+        self.ends = ends
+        self._redraw()
+
+    def _corners(self) -> NDArray[np.float32] | None:
+        if self.ends is None:
+            return None
+        displayed = displayed_axes(self.viewer, self.layer)
+        return np.array([np.asarray(self.layer.world_to_data(end))[displayed][::-1] for end in self.ends], np.float32)
 
 
 def where_the_person_looks(viewer: Viewer, layer: Image) -> tuple[float, float, float] | None:

@@ -202,20 +202,11 @@ class OperatorDisplay(Display):
         if not layers:
             show_info("These layers were deleted: press Fit to have them again.")
             return
-        self._put_in_order()
+        shown.put_in_order(self.viewer, [self.layers[name] for name in ORDER if name in self.layers])
         shown.make_room(self.viewer, layers, cells)
         shown.look_at(self.viewer, layers, cells, 0.96 if cells != (1, 1) else 0.74)  # beside λ alone stand its axes
         self.frame = ()
         self._tidy()
-
-    def _put_in_order(self) -> None:
-        """A grid is filled in the order of the layer list."""
-        layers = self.viewer.layers
-        mine = [self.layers[name] for name in ORDER if name in self.layers]
-        places = sorted(layers.index(layer) for layer in mine)
-        for place, layer in zip(places, mine, strict=True):
-            if (now := layers.index(layer)) != place:
-                layers.move(now, place)
 
     def mark(self, center: Sequence[float], edge: int) -> None:
         """Draw the box of a patch about a voxel into x; as the job places it, inside the volume."""

@@ -38,24 +38,26 @@ from napari_recon.jobs.job import (
     Parameters,
     ReconstructionJob,
     RegularizationJob,
+    ResolutionJob,
     TVParameters,
     UnrolledParameters,
 )
 from napari_recon.jobs.messages import Finished
+from napari_recon.jobs.volumes import ENDINGS, FORMATS
 from napari_recon.learning.weights import (
     WeightsHeader,
     find_weights,
     outside_training,
     outside_training_of_mri,
     read_header,
-    shipped_weights,
 )
 from napari_recon.scans.errors import ScanError
 from napari_recon.widgets.curve import Convergence
-from napari_recon.widgets.displays import LAYER, METHOD_NAMES, phase_of, told_by
+from napari_recon.widgets.displays import LAYER, METHOD_NAMES, phase_of, start_layer, told_by
 from napari_recon.widgets.forms import BROWSE, ModelForm, with_browse
 from napari_recon.widgets.job_dock import JobDock, button_row, make_button
 from napari_recon.widgets.operator_displays import can_be_judged_on
+from napari_recon.widgets.result_menu import ResultMenu
 from napari_recon.widgets.style import colour, section
 
 if TYPE_CHECKING:
@@ -86,7 +88,7 @@ class ReconstructDock(JobDock):
     """Runs reconstructions of the session's scan."""
 
     def __init__(self, napari_viewer: napari.viewer.Viewer) -> None:
-        super().__init__(napari_viewer, ReconstructionJob, DataConsistencyJob, RegularizationJob)
+        super().__init__(napari_viewer, ReconstructionJob, DataConsistencyJob, RegularizationJob, ResolutionJob)
         layout = self.content
         layout.addWidget(self.subject)
 
@@ -94,9 +96,7 @@ class ReconstructDock(JobDock):
         self.forms: list[ModelForm] = []
         self.suggest: list[QPushButton] = []
         self.parameters = QStackedWidget()
-        default = str(UnrolledParameters.model_fields["weights"].default)
-        weights = [default, *(name for name in shipped_weights() if name != default)]
-        choices = {"operator": OPERATORS, "weights": weights, "start": STARTS}
+        choices = {"operator": OPERATORS, "weights": tuple(SHIPPED_WEIGHTS.values()), "start": STARTS}
         for model in METHODS:
             name = str(model.model_fields["method"].default)
             self.method.addItem(METHOD_NAMES.get(name, name.upper()), name)
@@ -130,8 +130,8 @@ class ReconstructDock(JobDock):
         self.view.setToolTip("How the volumes are shown when a run starts; napari's own buttons change it at any time.")
         self.view.currentIndexChanged.connect(self._choose_view)
         self.output = QLineEdit()
-        self.output.setPlaceholderText("not saved (.tif or .ome.zarr)")
-        self.output.setToolTip("Where the result is written when the run ends.")
+        self.output.setPlaceholderText("not saved (.tif, .ome.zarr, .nii …)")
+        self.output.setToolTip(f"Where the result is written when the run ends: {', '.join(ENDINGS)}.")
         self.output.textChanged.connect(self._edited)
         rows = self.volume.layout()
         assert isinstance(rows, QFormLayout)
@@ -154,11 +154,20 @@ class ReconstructDock(JobDock):
             "measured, with what is left over: what a volume shows and the data do not, shows there.",
             self._check,
         )
-        layout.addWidget(self.check)
+        self.resolution = make_button(
+            "Resolution",
+            "Reconstruct so from every second view, and again from the others: what comes out alike is resolved "
+            "(Fourier shell correlation). It takes one to two times as long as a run.",
+            self._resolve,
+        )
+        self.result = ResultMenu(self.session, self.take)
+        layout.addLayout(button_row(self.check, self.resolution))
+        layout.addLayout(button_row(self.result))
         layout.addStretch(1)
 
         self.session.operator_file_changed.connect(self._use_operator)
         self.session.weights_file_changed.connect(self._use_weights)
+        self.session.job_offered.connect(self.take)
         self.viewer = self.session.viewer
         layers = self.viewer.layers.events
         for event in (layers.inserted, layers.removed, layers.moved):
@@ -194,6 +203,17 @@ class ReconstructDock(JobDock):
             output=Path(output) if output else None,
             **self.volume.values(),
         )
+
+    def take(self, job: ReconstructionJob) -> None:
+        """Put a job's method, parameters and grid into the forms; k-space fixes the grid."""
+        scan = self.session.scan
+        index = METHODS.index(type(job.parameters))
+        self.method.setCurrentIndex(index)
+        self.forms[index].set_value(job.parameters)
+        for name, editor in self.volume.editors.items():
+            if name == "device" or scan is None or scan.kind == "x-ray":
+                editor.put(getattr(job, name))
+        self._edited()
 
     def _choose_method(self, _: int = 0) -> None:
         index = self.method.currentIndex()
@@ -237,14 +257,15 @@ class ReconstructDock(JobDock):
         self.session.view = self.view.itemData(index)
 
     def _ask_for_output(self) -> None:
-        path, _ = QFileDialog.getSaveFileName(self, "Save the result", "", "TIFF (*.tif *.tiff);;OME-Zarr (*.ome.zarr)")
+        kinds = ";;".join(f"{name} (*{' *'.join(endings)})" for name, endings in FORMATS.items())
+        path, _ = QFileDialog.getSaveFileName(self, "Save the result", "", kinds)
         if path:
             self.output.setText(path)
 
     def _run(self) -> None:
         job = self.job()
         if job is not None:
-            self.session.run(job, self._start_layer(job.parameters))
+            self.session.run(job, start_layer(job.parameters, self.viewer.layers))
             self._show_curves()
 
     def _offer_suggestion(self, form: ModelForm[Any]) -> None:
@@ -276,6 +297,12 @@ class ReconstructDock(JobDock):
             job = RegularizationJob(scan=scan.path, options=scan.options, **self.volume.values())
             self._suggestion_for = self.forms[self.method.currentIndex()]
             self.session.run(job)
+
+    def _resolve(self) -> None:
+        """Let both halves of the views tell what the method that is chosen resolves."""
+        job = self.job()
+        if job is not None:
+            self.session.run(ResolutionJob(**{name: getattr(job, name) for name in ResolutionJob.model_fields}))
 
     def _check(self) -> None:
         """Hold the selected volume, or the last result, against the data; on the grid that it was made on."""
@@ -338,15 +365,6 @@ class ReconstructDock(JobDock):
         runs = self.session.state in ("running", "paused")
         return runs and isinstance(job, ReconstructionJob) and isinstance(job.parameters, PADMMParameters)
 
-    def _start_layer(self, parameters: BaseModel) -> Image | None:
-        """The layer that PADMM is to start from, if it is one."""
-        if isinstance(parameters, PADMMParameters) and parameters.start.startswith(LAYER):
-            name = parameters.start.removeprefix(LAYER)
-            if name in self.viewer.layers:
-                layer = self.viewer.layers[name]
-                return layer if isinstance(layer, Image) else None
-        return None
-
     def _list_layers(self, event: object = None) -> None:
         """Offer the viewer's volumes in mm as starts, and keep to what was chosen."""
         with contextlib.suppress(RuntimeError):  # the dock is being deleted
@@ -371,7 +389,7 @@ class ReconstructDock(JobDock):
         """Send what was edited on to the run."""
         with contextlib.suppress(ValidationError):  # what is typed may be no parameters yet
             parameters = self.padmm.value()
-            self.session.tune(parameters, self._start_layer(parameters))
+            self.session.tune(parameters, start_layer(parameters, self.viewer.layers))
 
     def _forget_runs(self) -> None:
         self.session.forget_runs()
@@ -480,6 +498,7 @@ class ReconstructDock(JobDock):
         scan = self.session.scan
         for button in (self.check, *self.suggest):
             button.setEnabled(state == "idle" and scan is not None)
+        self.resolution.setEnabled(state == "idle" and scan is not None and scan.kind == "x-ray")
         super()._show_state(state)
 
     def _show_progress(self, _: object = None) -> None:
@@ -503,6 +522,8 @@ class ReconstructDock(JobDock):
             return [consistency_sentence(message.figures)]
         if isinstance(message, Finished) and isinstance(self.session.job, RegularizationJob):
             return [message.provenance["suggestion"]["sentence"]]
+        if isinstance(message, Finished) and isinstance(self.session.job, ResolutionJob):
+            return [message.provenance["resolution"]["sentence"], *words[1:]]
         if isinstance(message, Finished):
             found = [(label, form, message.figures[n]) for n, (label, form) in FIGURES.items() if n in message.figures]
             words[1:1] = [f"{label} {form.format(value)}" for label, form, value in found]

@@ -24,6 +24,7 @@ from napari_recon.scans.kspace import KSpaceOptions
 from napari_recon.scans.scan import ScanOptions
 from napari_recon.widgets.forms import ModelForm
 from napari_recon.widgets.session import Session
+from napari_recon.widgets.session_file import ENDING
 from napari_recon.widgets.style import Scrolled, colour, note, section
 
 if TYPE_CHECKING:
@@ -60,6 +61,17 @@ class ScanDock(Scrolled):
         row.addWidget(self.open_folder, 1)
         row.addWidget(self.samples)
         layout.addLayout(row)
+        self.save_session = QPushButton("Save session …")
+        self.save_session.setToolTip("Keep the scan's path, the volumes, how they were made, and the view in a folder.")
+        self.save_session.clicked.connect(self._ask_where_to_save)
+        self.open_session = QPushButton("Open session …")
+        self.open_session.setToolTip(f"Open a folder that was saved as a session, NAME{ENDING}.")
+        self.open_session.clicked.connect(self._ask_for_session)
+        row = QHBoxLayout()
+        row.setSpacing(4)
+        row.addWidget(self.open_session, 1)
+        row.addWidget(self.save_session, 1)
+        layout.addLayout(row)
 
         self.title = QLabel()
         self.title.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
@@ -81,7 +93,7 @@ class ScanDock(Scrolled):
         self.checks.setTextFormat(Qt.TextFormat.RichText)
         details.addWidget(self.checks)
 
-        self.options = ModelForm(ScanOptions, units={"axis_offset": "px"})
+        self.options = ModelForm(ScanOptions, skip=["half"], units={"axis_offset": "px"})
         self.corrections = section("Views and corrections", self.options)
         details.addWidget(self.corrections)
         self.kspace_options = ModelForm(KSpaceOptions)
@@ -137,6 +149,16 @@ class ScanDock(Scrolled):
         path = QFileDialog.getExistingDirectory(self, "Open a scan's folder")
         if path:
             self.session.open(path)
+
+    def _ask_for_session(self) -> None:
+        path = QFileDialog.getExistingDirectory(self, "Open a session")
+        if path:
+            self.session.open_session(path)
+
+    def _ask_where_to_save(self) -> None:
+        path, _ = QFileDialog.getSaveFileName(self, "Save the session", "", f"Sessions (*{ENDING})")
+        if path:
+            self.session.save_session(path)
 
     def _sample_menu(self) -> QMenu:
         from napari_recon.widgets.contributions import SAMPLES, sample_path

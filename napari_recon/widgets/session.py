@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from napari.layers import Image
@@ -31,6 +31,8 @@ from napari_recon.jobs.job import (
     PatchJob,
     ReconstructionJob,
     RegularizationJob,
+    ResolutionJob,
+    SweepJob,
     TrainJob,
 )
 from napari_recon.jobs.messages import (
@@ -48,18 +50,21 @@ from napari_recon.scans.errors import ScanError
 from napari_recon.scans.kspace import KSpaceOptions, KSpaceScan
 from napari_recon.scans.scan import Scan, ScanOptions, open_scan
 from napari_recon.widgets import layers as shown
+from napari_recon.widgets import session_file
 from napari_recon.widgets.displays import (
     CoilMapsDisplay,
     DataConsistencyDisplay,
     Display,
     NothingShown,
     ReconstructionDisplay,
+    export_layer,
     phase_of,
     run_name,
     told_by,
     write_complex,
 )
 from napari_recon.widgets.operator_displays import OperatorDisplay, PatchDisplay, write_layer
+from napari_recon.widgets.parts_display import PartsDisplay
 from napari_recon.widgets.training_display import TrainingDisplay
 
 AnyScan = Scan | KSpaceScan
@@ -70,6 +75,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from napari_recon.jobs.memory import MemoryPlan
+    from napari_recon.widgets.compare_display import Comparison
 
 POLL = 30
 """Milliseconds between two looks at what the process has to say."""
@@ -85,6 +91,8 @@ DISPLAYS: dict[type[Job], type[Display]] = {
     ReconstructionJob: ReconstructionDisplay,
     DataConsistencyJob: DataConsistencyDisplay,
     RegularizationJob: NothingShown,
+    ResolutionJob: PartsDisplay,
+    SweepJob: PartsDisplay,
     CoilMapsJob: CoilMapsDisplay,
     OperatorJob: OperatorDisplay,
     PatchJob: PatchDisplay,
@@ -165,6 +173,8 @@ class Session(QObject):
         The training that ran last, or runs now, with its curves.
     weights_file
         The weights that reconstructions are to use, or None: see :meth:`use_weights`.
+    comparison
+        The volumes that stand beside each other to be compared, or did last.
     """
 
     scan_changed = Signal()
@@ -174,6 +184,7 @@ class Session(QObject):
     stage_changed = Signal(str)
     progressed = Signal()
     finished = Signal(object)
+    job_offered = Signal(object)
     operator_changed = Signal()
     operator_file_changed = Signal()
     weights_file_changed = Signal()
@@ -212,12 +223,14 @@ class Session(QObject):
         self.operator_file: str | None = None
         self.training: TrainingDisplay | None = None
         self.weights_file: str | None = None
+        self.comparison: Comparison | None = None
         self._former: Display | None = None
         self._handed_over: Path | None = None
         self._place: tuple[float, float, float] | None = None
         self.place_moved = False
         self._focus: tuple[float, float, float] | None = None
         self._focus_asked = 0.0
+        self._steered = True
         self._polled = 0.0
         self._warm = False
         self._closed = False
@@ -273,7 +286,7 @@ class Session(QObject):
         for watched in (self._window, self._canvas):
             with contextlib.suppress(RuntimeError):  # deleted
                 watched.removeEventFilter(self)
-        for display in (self.display, self.operator, self.patch, self.training):
+        for display in (self.display, self.operator, self.patch, self.training, self.comparison):
             if display is not None:
                 display.close()
         self.viewer.layers.events.inserted.disconnect(self._on_layer_inserted)
@@ -330,8 +343,11 @@ class Session(QObject):
     # -- the scan --------------------------------------------------------------------------------------------------
 
     def open(self, path: str | Path, options: ScanOptions | KSpaceOptions | None = None) -> None:
-        """Open a scan; ``scan_changed`` tells when it is there, a notification if it cannot be."""
+        """Open a scan, or a saved session; ``scan_changed`` tells when it is there, a notification if it cannot be."""
         path = Path(path).expanduser()
+        if session_file.is_session(path):
+            self.open_session(path)
+            return
         self.busy_changed.emit(f"Opening {path.name} …")
 
         def opened(result: tuple[AnyScan, dict[str, str]]) -> None:
@@ -488,7 +504,7 @@ class Session(QObject):
             scan = None
         self._in_thread("plan " + type(job).__name__, lambda: plan_memory(job, scan), done, failed)
 
-    def run(self, job: Job, x: Image | None = None) -> None:
+    def run(self, job: Job, x: Image | None = None, steered: bool = True) -> None:
         """Run a job; its volumes become layers as they come.
 
         Parameters
@@ -499,10 +515,16 @@ class Session(QObject):
             A layer that the job is to take as its volume (an :class:`OperatorJob` judges the operator on it, a
             :class:`DataConsistencyJob` projects it, a PADMM starts from it): it is handed over as a file, with its
             phase where k-space is made of it.
+        steered
+            Whether patches are computed where the person looks. What overlaps is then added in another order, and
+            rounding differs.
         """
         if self.state != "idle":
             show_warning("A job runs already: press Finish or Cancel first.")
             return
+        self._steered = steered
+        if self.comparison is not None:  # the job arranges its volumes in what was there before
+            self.comparison.leave()
         kind, before = DISPLAYS[type(job)], self.display
         same = isinstance(before, kind | NothingShown) or kind is NothingShown  # as the camera is concerned
         self.display = kind(self.viewer, job, self.view, before.frame if before is not None and same else ())
@@ -692,7 +714,7 @@ class Session(QObject):
     def _look_where_the_person_looks(self) -> None:
         now = time.perf_counter()
         watched = self.display.watched if self.display is not None else None
-        if watched is None or now - self._focus_asked < FOCUS_EVERY:
+        if watched is None or not self._steered or now - self._focus_asked < FOCUS_EVERY:
             return
         self._focus_asked = now
         focus = shown.where_the_person_looks(self.viewer, watched)
@@ -846,3 +868,75 @@ class Session(QObject):
         """The slider of the steps was moved, here or in the viewer."""
         if self.patch is not None and self.patch.layers:
             self.step_shown.emit(self.patch.step)
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    def export(self, layer: Image, path: Path, bits: Literal[16, 32] | None = None) -> None:
+        """Write a layer's volume, in a thread; the ending says as what."""
+        work = lambda: export_layer(layer, path, bits)  # noqa: E731
+        self._in_thread(f"export {path}", work, lambda _: show_info(f"{layer.name} was written to {path}."))
+
+    def save_session(self, path: str | Path) -> None:
+        """Save scan, results and view in a folder, in a thread; see :mod:`~napari_recon.widgets.session_file`."""
+        if self.state != "idle":
+            show_warning("A job runs, whose volumes still change: press Finish, or wait for its end.")
+            return
+        scan, job = self.scan, self.job
+        try:
+            path = session_file.check_folder(path)
+            session, volumes = session_file.describe(
+                self.viewer,
+                None if scan is None else scan.path,
+                ScanOptions() if scan is None else scan.options,
+                job if isinstance(job, ReconstructionJob) else None,
+            )
+        except ScanError as error:
+            self._report(error)
+            return
+        self.busy_changed.emit(f"Saving {path.name} …")
+
+        def done(_: object) -> None:
+            self.busy_changed.emit("")
+            show_info(f"The session was saved in {path}.")
+
+        self._in_thread("save session", lambda: session_file.write(path, session, volumes), done, self._not_busy)
+
+    def open_session(self, path: str | Path) -> None:
+        """Open a saved session: its scan, and its volumes beside what the viewer shows already, in its place."""
+        path = Path(path).expanduser()
+        if self.state != "idle":
+            show_warning("A job runs: press Finish or Cancel first.")
+            return
+        self.busy_changed.emit(f"Opening {path.name} …")
+
+        def work() -> tuple[Any, ...]:
+            session, volumes = session_file.read(path)
+            where, scan, why = session.find_scan(path), None, ""
+            if where is not None:
+                try:
+                    asked = session.options
+                    scan = open_scan(where) if asked == ScanOptions() else open_scan(where, asked)
+                except ScanError as error:  # what was made of it is there all the same
+                    why = str(error)
+            return session, volumes, scan, {} if scan is None else scan.summary(), why
+
+        def opened(found: tuple[Any, ...]) -> None:
+            session, volumes, scan, summary, why = found
+            self.busy_changed.emit("")
+            if self.comparison is not None:
+                self.comparison.leave()
+            if scan is not None:
+                self._take_over(scan, summary)
+            session_file.show(self.viewer, session, session_file.make_layers(session, volumes))
+            if self.display is not None:
+                self.display.frame = ()
+            if session.job is not None:
+                self.job_offered.emit(session.job)
+            if why:
+                show_warning(f"The session's volumes are shown, but its scan could not be opened: {why}")
+
+        self._in_thread("scan", work, opened, self._not_busy)
+
+    def _not_busy(self, error: Exception) -> None:
+        self.busy_changed.emit("")
+        self._report(error)
