@@ -48,7 +48,7 @@ import torch
 from torch import Tensor
 
 from napari_recon.jobs import Control
-from napari_recon.jobs.job import RegularizationJob
+from napari_recon.jobs.job import START_WEIGHTS, RegularizationJob
 from napari_recon.jobs.quality import noise_level
 from napari_recon.jobs.regularization import UNEXPLAINED, RegularizationRun, Row, choose
 from napari_recon.jobs.stages import Prepared
@@ -336,16 +336,14 @@ STARTS = {
 def starts(problem: Problem, networks: Sequence[Path] = ()) -> dict[str, Callable[[], Tensor]]:
     """Volumes by name.
 
-    "network" is the first of ``networks``, or the post-processing network whose start is cheapest of those that are
-    there; further ones are called by their file.
+    "network" is the first of ``networks``, or the shipped one that PADMM starts from; further ones are called by their
+    file.
     """
     found: dict[str, Callable[[], Tensor]] = {
         "zeros": lambda: torch.zeros_like(problem.fdk),
         "fdk": lambda: FDK()(problem.y, problem.physics),
     }
-    folder = Path(__file__).parent / "weights"
-    usual = (folder / f"post_{begin}.safetensors" for begin in ("fdk", "least-squares", "tv"))
-    for i, file in enumerate(networks or [file for file in usual if file.exists()][:1]):
+    for i, file in enumerate(networks or [find_weights(START_WEIGHTS["x-ray"])]):
         found["network" if i == 0 else f"network {file.stem}"] = partial(_learned, problem, file)
     found["unrolled network"] = partial(_learned, problem, find_weights("unrolled"))
     if (truth := problem.truth) is not None:
