@@ -39,6 +39,15 @@ app = typer.Typer(
 )
 
 ScanPath = Annotated[Path, typer.Argument(metavar="SCAN", help="A scan: folder, .toml, .h5, .nxs, .mat, .cfl or .npy.")]
+VolumeOutput = Annotated[
+    Path,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="VOLUME",
+        help="A .tif, .ome.zarr, .nii, .nii.gz, .mrc or .dcm (a folder) to write.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 Views = Annotated[int | None, typer.Option(metavar="N", help="Evenly spaced views to keep.")]
 Binning = Annotated[int, typer.Option(metavar="N", help="N x N detector pixels become one.")]
@@ -131,15 +140,7 @@ def info(
 @app.command()
 def reconstruct(
     scan: ScanPath,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="VOLUME",
-            help="A .tif, .ome.zarr, .nii, .nii.gz, .mrc or .dcm (a folder) to write.",
-        ),
-    ],
+    output: VolumeOutput,
     method: Annotated[
         Literal["fdk", "sirt", "tv", "padmm", "unrolled", "zero-filled", "sense"] | None,
         typer.Option(
@@ -300,15 +301,7 @@ def reconstruct(
 @app.command()
 def export(
     volume: Annotated[Path, typer.Argument(metavar="VOLUME", help="A volume in any format that is read.")],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="VOLUME",
-            help="A .tif, .ome.zarr, .nii, .nii.gz, .mrc or .dcm (a folder) to write.",
-        ),
-    ],
+    output: VolumeOutput,
     bits: Bits = None,
     as_json: AsJson = False,
 ) -> None:

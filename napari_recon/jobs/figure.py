@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
-from napari_recon.jobs.volumes import partial_path
+from napari_recon.jobs.volumes import replacing
 from napari_recon.scans.errors import ScanError
 
 _PANELS = {
@@ -104,16 +104,8 @@ def operator_figure(
         said = "frequency in {} (1/mm)" if name == "filter" else "{} (mm)"
         axes.set_xlabel(said.format("x"))
         axes.set_ylabel(said.format("y"))
-    partial = partial_path(path)
-    try:
+    with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=150)
-        partial.replace(path)
-    except OSError as error:
-        raise ScanError(
-            f"Could not write {path} ({error.strerror or error}): free some space or choose another."
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _extent(shape: tuple[int, ...], voxel_size: float, frequencies: bool) -> tuple[float, float, float, float]:

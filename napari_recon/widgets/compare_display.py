@@ -78,39 +78,11 @@ def can_be_compared(layer: Layer) -> bool:
     return isinstance(layer, Image) and layer.ndim == 3 and not (layer.rgb or layer.multiscale) and shows in COMPARED
 
 
-def is_in_mm(layer: Layer) -> bool:
-    """Whether a layer's unit is one of length; napari's own is the pixel."""
-    return all(unit.is_compatible_with("mm") for unit in layer.units)
-
-
-def grid_of(layer: Layer) -> Grid:
-    """Where the voxels of a volume's layer are, in mm (or in its own unit, where that is none of length).
-
-    Raises
-    ------
-    ScanError
-        If the layer is turned, sheared or mirrored.
-    """
-    turned = layer.affine.linear_matrix
-    if not np.allclose(turned, np.eye(len(turned))) or np.any(layer.shear) or not np.allclose(layer.rotate, np.eye(3)):
-        raise ScanError(f"{layer.name} is turned or sheared: resample it, or reset its transform.")
-    if min(layer.scale) <= 0:
-        raise ScanError(f"{layer.name} is mirrored: give it a positive scale.")
-    mm = [float((1 * unit).to("mm").magnitude) if is_in_mm(layer) else 1.0 for unit in layer.units]
-    edges = np.array(layer.scale) * mm
-    moved = np.array(layer.translate) + np.array(layer.affine.translate)
-    d, h, w = layer.data.shape
-    z, y, x = moved * mm + (np.array((d, h, w)) - 1) / 2 * edges
-    ratio = edges / edges[0]
-    aspect = tuple(1.0 if abs(a - 1) < 1e-6 else float(a) for a in ratio)
-    return Grid((d, h, w), float(edges[0]), (float(x), float(y), float(z)), (aspect[0], aspect[1], aspect[2]))
-
-
 def volume_of(layer: Layer) -> LayerVolume:
     """A layer's volume; converts what is no float32, which takes a while: call it from a thread then."""
-    grid = grid_of(layer)
+    grid = shown.grid_of(layer)
     data = np.asarray(layer.data, dtype=np.float32)
-    return LayerVolume(data, grid.voxel_size if is_in_mm(layer) else None, grid)
+    return LayerVolume(data, grid.voxel_size if shown.is_in_mm(layer) else None, grid)
 
 
 # -- volumes that are computed where they are looked at ------------------------------------------------------------
@@ -206,9 +178,9 @@ def regions(layer: Labels | Shapes | None, grid: Grid) -> list[Region]:
     marked = np.asarray(layer.data)
     if marked.ndim != 3:
         raise ScanError(f"{layer.name} has {marked.ndim} axes: label a volume, with three.")
-    if marked.shape != grid.shape or is_in_mm(layer):
-        place = grid_of(layer)
-        volume = LayerVolume(marked, place.voxel_size if is_in_mm(layer) else None, place)
+    if marked.shape != grid.shape or shown.is_in_mm(layer):
+        place = shown.grid_of(layer)
+        volume = LayerVolume(marked, place.voxel_size if shown.is_in_mm(layer) else None, place)
         marked = on_grid(volume, grid, order=0)
     return label_regions(marked)
 
@@ -317,7 +289,7 @@ class Comparison(QObject):
         self.layers = [layer for layer in layers if layer is not reference]
         if reference is not None:
             self.layers.append(reference)
-        self.grid = grid_of(self._gauge())
+        self.grid = shown.grid_of(self._gauge())
         self.arrays: dict[Image, NDArray[np.float32]] = {}
         self.resampled: list[str] = []
         self.differences: dict[Image, Image] = {}
@@ -327,8 +299,10 @@ class Comparison(QObject):
         self.left = False
         self._elsewhere: list[Image] = []
         for layer in self.layers:
-            place = grid_of(layer)
-            if not is_on_grid(LayerVolume(layer.data, place.voxel_size if is_in_mm(layer) else None, place), self.grid):
+            place = shown.grid_of(layer)
+            if not is_on_grid(
+                LayerVolume(layer.data, place.voxel_size if shown.is_in_mm(layer) else None, place), self.grid
+            ):
                 self._elsewhere.append(layer)
             elif isinstance(layer.data, np.ndarray) and layer.data.dtype == np.float32:
                 self.arrays[layer] = layer.data
@@ -354,8 +328,8 @@ class Comparison(QObject):
     def _gauge(self) -> Image:
         """The layer whose grid is measured on: one that has a unit, if one of the reference's shape has."""
         first = self.reference if self.reference is not None else self.layers[0]
-        same = [layer for layer in self.layers if layer.data.shape == first.data.shape and is_in_mm(layer)]
-        return first if is_in_mm(first) or not same else same[0]
+        same = [layer for layer in self.layers if layer.data.shape == first.data.shape and shown.is_in_mm(layer)]
+        return first if shown.is_in_mm(first) or not same else same[0]
 
     # -- side by side ----------------------------------------------------------------------------------------------
 
@@ -374,7 +348,7 @@ class Comparison(QObject):
                 if getattr(layer, name) != getattr(first, name):
                     setattr(layer, name, getattr(first, name))
             layer.contrast_limits_range, layer.contrast_limits = reach, limits
-            if not is_in_mm(layer) and is_in_mm(gauge) and layer.data.shape == gauge.data.shape:
+            if not shown.is_in_mm(layer) and shown.is_in_mm(gauge) and layer.data.shape == gauge.data.shape:
                 layer.units, layer.scale, layer.translate = gauge.units, gauge.scale, gauge.translate
         self._links.enter_context(layers_linked(self.layers, shown.LINKED))
 

@@ -47,8 +47,6 @@ from napari_recon.widgets.compare_display import (
     MOST,
     Comparison,
     can_be_compared,
-    grid_of,
-    is_in_mm,
     regions,
     volume_of,
 )
@@ -351,9 +349,9 @@ class CompareDock(Scrolled):
         told: dict[str, Any] = {"shows": "volume", "file": str(path)}
         if made_by:
             told |= {"job": made_by.get("job") or {}, "volume": "result", "provenance": made_by}
-        like = [x for x in self.chosen if x.data.shape == volume.data.shape and is_in_mm(x)]
+        like = [x for x in self.chosen if x.data.shape == volume.data.shape and shown.is_in_mm(x)]
         if volume.voxel_size is None and like:
-            grid = grid_of(like[0])
+            grid = shown.grid_of(like[0])
             show_info(f"{path.name} tells no voxel size: it is taken to lie where {like[0].name} lies.")
         name = path.name.removesuffix(".ome.zarr") if path.name.endswith(".ome.zarr") else path.stem
         layer = shown.volume_layer(name, volume.data, grid.scale, grid.translate, told)

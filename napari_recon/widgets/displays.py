@@ -519,11 +519,10 @@ def export_layer(layer: Layer, path: Path, bits: Literal[16, 32] | None = None) 
         If it cannot be written there, see :func:`~napari_recon.jobs.volumes.write_volume`, or is turned or sheared.
     """
     from napari_recon.jobs.volumes import write_volume
-    from napari_recon.widgets.compare_display import grid_of
 
     told = told_by(layer)
     made_by = told.get("provenance") or {name: told[name] for name in ("job",) if name in told}
-    write_volume(path, np.asarray(layer.data, np.float32), grid_of(layer), made_by, bits=bits)
+    write_volume(path, np.asarray(layer.data, np.float32), shown.grid_of(layer), made_by, bits=bits)
     return path
 
 

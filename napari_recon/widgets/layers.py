@@ -551,6 +551,34 @@ def where_the_person_looks(viewer: Viewer, layer: Image) -> tuple[float, float, 
 # -- the scan ------------------------------------------------------------------------------------------------------
 
 
+def is_in_mm(layer: Layer) -> bool:
+    """Whether a layer's unit is one of length; napari's own is the pixel."""
+    return all(unit.is_compatible_with("mm") for unit in layer.units)
+
+
+def grid_of(layer: Layer) -> Grid:
+    """Where the voxels of a volume's layer are, in mm (or in its own unit, where that is none of length).
+
+    Raises
+    ------
+    ScanError
+        If the layer is turned, sheared or mirrored.
+    """
+    turned = layer.affine.linear_matrix
+    if not np.allclose(turned, np.eye(len(turned))) or np.any(layer.shear) or not np.allclose(layer.rotate, np.eye(3)):
+        raise ScanError(f"{layer.name} is turned or sheared: resample it, or reset its transform.")
+    if min(layer.scale) <= 0:
+        raise ScanError(f"{layer.name} is mirrored: give it a positive scale.")
+    mm = [float((1 * unit).to("mm").magnitude) if is_in_mm(layer) else 1.0 for unit in layer.units]
+    edges = np.array(layer.scale) * mm
+    moved = np.array(layer.translate) + np.array(layer.affine.translate)
+    d, h, w = layer.data.shape
+    z, y, x = moved * mm + (np.array((d, h, w)) - 1) / 2 * edges
+    ratio = edges / edges[0]
+    aspect = tuple(1.0 if abs(a - 1) < 1e-6 else float(a) for a in ratio)
+    return Grid((d, h, w), float(edges[0]), (float(x), float(y), float(z)), (aspect[0], aspect[1], aspect[2]))
+
+
 def geometry_layers(geometry: Geometry, grid: Grid, name: str) -> list[Surface]:
     """Source path, detector at a few views, and the volume's box, as layers in mm.
 

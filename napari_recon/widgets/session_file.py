@@ -173,7 +173,6 @@ def describe(
         If a volume is turned or sheared.
     """
     from napari_recon import __version__
-    from napari_recon.widgets.compare_display import grid_of
 
     kept = [layer for layer in viewer.layers if is_kept(layer)]
     groups: list[set[Layer]] = []
@@ -224,7 +223,7 @@ def describe(
         layers=saved,
         view=view,
     )
-    return session, [(layer.data, grid_of(layer)) for layer in kept]
+    return session, [(layer.data, shown.grid_of(layer)) for layer in kept]
 
 
 def write(path: Path, session: SavedSession, volumes: list[tuple[NDArray[Any], Grid]]) -> Path:
