@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -207,6 +208,20 @@ def test_a_process_killed_while_it_waits_is_replaced_in_silence(worker, scan):
     assert worker.poll() == []
     worker.submit(make_job(scan, FDKParameters()))
     assert isinstance(last(worker), Finished)
+
+
+@posix
+def test_an_end_that_is_noticed_late_does_not_end_the_successor(worker, scan):
+    wait_for(lambda: worker.pid is not None)
+    dead, noticed = worker._process, threading.Event()
+    wait = dead.wait
+    dead.wait = lambda: (noticed.wait(60), wait())[1]  # the thread that listens to it wakes late
+    os.kill(dead.pid, signal.SIGKILL)
+    wait_for(lambda: worker.pid is None)
+    for _ in range(2):
+        worker.submit(make_job(scan, FDKParameters()))
+        noticed.set()
+        assert isinstance(last(worker), Finished)
 
 
 def test_the_operator_and_its_steps_on_a_patch_cross_too(worker, scan, tmp_path):
