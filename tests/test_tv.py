@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from napari_recon.physics.ramp_filtered import RampFiltered
 from napari_recon.physics.xray import XRayTransform
 from napari_recon.reconstruction.fdk import FDK
-from napari_recon.reconstruction.tv import TV, TVPrior, tv_patch_solver, tv_threshold
+from napari_recon.reconstruction.tv import TV, PreconditionedTV, TVPrior, tv_patch_solver, tv_threshold
 from napari_recon.scans.errors import ScanError
 from napari_recon.scans.geometry import Geometry
 from napari_recon.scans.grid import Grid
@@ -157,6 +158,25 @@ def test_tv_streams_and_improves(scan):
     assert (x - truth).norm() < 0.6 * (x_fdk - truth).norm()
     assert bool((x >= 0).all())
     assert updates[-1][2]["residual"] == pytest.approx(float((physics.A(x) - y).norm() / y.norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_the_figures_are_of_every_volume_though_it_is_never_projected(scan, filtered):
+    physics, y, _ = scan
+    ramp = RampFiltered(physics)
+    measured, measure = (ramp.measurement(y), ramp.A) if filtered else (y, physics.A)
+    method = PreconditionedTV(14) if filtered else TV(14, regularization=1e-4)
+    for update in method.stream(y, physics):
+        residual = float((measure(update.values) - measured).norm() / measured.norm())
+        assert update.figures["residual"] == pytest.approx(residual, rel=1e-4)
+
+
+def test_filtered_projections_are_the_same_as_those_that_are_filtered_on_the_way(scan):
+    physics, y, _ = scan
+    ramp, x_fdk = RampFiltered(physics), FDK()(y, physics)
+    found = TV(8, init=x_fdk)(y, ramp, reference=x_fdk)
+    expected = TV(8, init=x_fdk)(ramp.measurement(y), ramp, reference=x_fdk)
+    assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_more_regularisation_less_variation(scan):

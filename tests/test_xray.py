@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import tracemalloc
+from pathlib import Path
 from types import SimpleNamespace
 
 import deepinv as dinv
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from napari_recon.physics.projectors import NumbaProjector, Rays, TorchProjector, numba_cpu, torch_any
+from napari_recon.physics.ramp_filtered import RampFiltered
 from napari_recon.physics.xray import XRayTransform, as_xray_transform
 from napari_recon.scans.errors import ScanError
 from napari_recon.scans.geometry import Geometry
@@ -160,6 +162,83 @@ def test_gradients_flow_through_both_directions(physics: XRayTransform) -> None:
     torch.testing.assert_close(twice, physics.A_adjoint_A(x), rtol=1e-4, atol=1e-3)
     (back,) = torch.autograd.grad((physics.A_adjoint(y) * x.detach()).sum(), y)
     torch.testing.assert_close(back, physics.A(x), rtol=1e-4, atol=1e-4)
+
+
+# -- a batch of views at a time ----------------------------------------------------------------------------------------
+
+
+def of_half_norm(physics: XRayTransform) -> XRayTransform:
+    return XRayTransform(physics.geometry, physics.grid, device="cpu", normalize=2.0)
+
+
+def test_the_gradient_by_batches_is_that_of_the_whole(physics: XRayTransform, tmp_path: Path) -> None:
+    x, y = noise(2, *physics.img_size), noise(2, 1, *physics.measurement_shape, seed=1)
+    mapped = np.memmap(tmp_path / "y", np.float32, "w+", shape=tuple(y.shape))
+    mapped[:] = y.numpy()
+    for each in (physics, of_half_norm(physics)):
+        residual = each.A(x) - y
+        for size in (1, 5 * 4 * residual[0, 0, :, 0].numel(), 1 << 30):
+            each.batch_bytes = size  # a view, five of a kernel, all
+            gradient, square = each.gradient(x, torch.from_numpy(mapped))
+            assert relative(gradient, each.A_adjoint(residual)) < 3e-6
+            assert square == pytest.approx(float(residual.double().square().sum()), rel=1e-5)
+            assert each.squared_residual(x, y) == pytest.approx(square, rel=1e-6)
+            assert each.squared_residual(None, y) == pytest.approx(float(y.double().square().sum()), rel=1e-5)
+
+
+def test_the_ramp_filtered_gradient_by_batches_is_that_of_the_whole(physics: XRayTransform) -> None:
+    ramp = RampFiltered(of_half_norm(physics))
+    x, y = noise(1, *physics.img_size), noise(1, 1, *physics.measurement_shape, seed=1)
+    residual = ramp.A(x) - ramp.measurement(y)
+    for size in (1, 1 << 30):
+        ramp.physics.batch_bytes = size
+        gradient, square = ramp.gradient(x, y)
+        assert relative(gradient, ramp.A_adjoint(residual)) < 1e-5
+        assert square == pytest.approx(float(residual.double().square().sum()), rel=1e-4)
+        assert relative(ramp.A_adjoint_A(x), ramp.A_adjoint(ramp.A(x))) < 1e-5
+    inside = x.requires_grad_()
+    ramp.A_adjoint_A(inside).mul(gradient).sum().backward()
+    assert relative(inside.grad, ramp.A_adjoint_A(gradient)) < 1e-5
+
+
+def test_the_adjoint_adds_to_what_is_there(physics: XRayTransform) -> None:
+    y, there = noise(*physics.measurement_shape), noise(*physics.grid.shape, seed=1)
+    for projector in (NumbaProjector(physics.rays), TorchProjector(physics.rays, torch.device("cpu"))):
+        expected = there + projector.adjoint(y)
+        out = there.clone()
+        assert projector.adjoint(y, out=out) is out
+        assert relative(out, expected) < 2e-6
+
+
+def test_a_gradient_needs_the_memory_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = Geometry.cone(np.arange(0, 360, 3.0), (96, 96), 0.4, 60, 100)
+    ramp = RampFiltered(XRayTransform(geometry, Grid((24, 24, 24), 0.8), device="cpu"))
+    x, y = torch.ones(1, *ramp.img_size), torch.ones(1, 1, *ramp.physics.measurement_shape)
+    ramp.physics.batch_bytes = y.nbytes // 12
+    largest = 0
+    forward = NumbaProjector.forward
+
+    def watched(self: NumbaProjector, volume: torch.Tensor) -> torch.Tensor:
+        nonlocal largest
+        out = forward(self, volume)
+        largest = max(largest, out.nbytes)
+        return out
+
+    monkeypatch.setattr(NumbaProjector, "forward", watched)
+    ramp.gradient(x, y)
+    ramp.A_adjoint_A(x)
+    assert largest <= y.nbytes // 12
+
+
+def test_memory_that_runs_out_at_a_single_view_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    physics = XRayTransform(circle(), grid_for(circle()), device="cpu")
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(NumbaProjector, "forward", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        physics.gradient(noise(1, *physics.img_size), noise(1, 1, *physics.measurement_shape))
 
 
 # -- its parts --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from napari_recon.scans.errors import ScanError
@@ -10,13 +12,18 @@ from napari_recon.scans.errors import ScanError
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
     """The device that a name stands for; "auto" is the GPU where there is one, else the CPU.
 
+    Where torchrun has started several processes on a machine (LOCAL_WORLD_SIZE, LOCAL_RANK), "auto" and "cuda" are the
+    GPU of this process: its own, or, of fewer GPUs than processes, one in turn.
+
     Raises
     ------
     ScanError
         If the name is not a device, or the device is not on this machine.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1 and (gpus := torch.cuda.device_count()):
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % gpus)
     try:
         found = torch.device(device)
     except RuntimeError:

@@ -94,7 +94,13 @@ def _position(geometry: Geometry) -> NDArray[np.float64]:
     from the axis in mm.
     """
     k = np.arange(geometry.detector_shape[1]) - (geometry.detector_shape[1] - 1) / 2
-    pixel = (geometry.detector_center[:, None] + k[:, None] * geometry.u[:, None])[..., :2]
+    pixel = geometry.detector_center[:, None] + k[:, None] * geometry.u[:, None]
+    # Of a tilted column the pixel at the source's height counts, whichever rows the detector has.
+    height = geometry.source[:, 2] if geometry.kind == "cone" else np.zeros(geometry.views)
+    upright = np.abs(geometry.v[:, 2]) > 0.5 * np.linalg.norm(geometry.v, axis=1)  # a single row may have any v
+    rise = np.where(upright, geometry.v[:, 2], 1.0)[:, None]
+    steps = np.where(upright[:, None], (height[:, None] - pixel[..., 2]) / rise, 0.0)
+    pixel = (pixel + steps[..., None] * geometry.v[:, None])[..., :2]
     if geometry.kind == "parallel":
         along = geometry.source[:, None, :2] / np.linalg.norm(geometry.source[:, None, :2], axis=-1, keepdims=True)
         return along[..., 0] * pixel[..., 1] - along[..., 1] * pixel[..., 0]

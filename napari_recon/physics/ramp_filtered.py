@@ -37,10 +37,15 @@ class RampFiltered(LinearPhysics):
     physics
         An XRayTransform, or deepinv's TomographyWithAstra.
 
+    largest
+        What ‖AᵀFA‖ is taken for before F is divided by it; None estimates it.
+
     Attributes
     ----------
     physics
         The transform itself.
+    largest
+        What F was divided by.
     sqnorm
         ‖AᵀFA‖: 1, since F is divided by what it was (estimated by a few products).
 
@@ -52,7 +57,7 @@ class RampFiltered(LinearPhysics):
 
     root: Tensor
 
-    def __init__(self, physics: LinearPhysics) -> None:
+    def __init__(self, physics: LinearPhysics, largest: float | None = None) -> None:
         xray = as_xray_transform(physics)
         device = xray._device_holder.device
         super().__init__(img_size=tuple(xray.img_size), device=device)
@@ -68,7 +73,8 @@ class RampFiltered(LinearPhysics):
         frequency = np.maximum(frequency, frequency[frequency > 0].min())
         filtered = frequency / (1 + frequency * math.pi * width / xray.geometry.views)
         self.register_buffer("root", torch.from_numpy(np.sqrt(filtered)).to(device=device, dtype=torch.float32))
-        self.root /= math.sqrt(self._largest())
+        self.largest = self._largest() if largest is None else largest
+        self.root /= math.sqrt(self.largest)
         self.sqnorm = 1.0
 
     @property
@@ -91,9 +97,22 @@ class RampFiltered(LinearPhysics):
         return self.physics.A_adjoint(self._filter(y, self.root)[..., :columns].contiguous())
 
     def A_adjoint_A(self, x: Tensor, **kwargs: Any) -> Tensor:
-        """AᵀFA x."""
-        columns = self.physics.measurement_shape[2]
-        return self.physics.A_adjoint(self._filter(self.physics.A(x), self.root**2)[..., :columns].contiguous())
+        """AᵀFA x a batch of views at a time: never holds the projections."""
+        return _Normal.apply(x.float(), self)
+
+    @torch.no_grad()
+    def gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, float]:
+        """The gradient of ½‖F^½(Ax − y)‖² and ‖F^½(Ax − y)‖², without ever holding A x.
+
+        As :meth:`XRayTransform.gradient <napari_recon.physics.xray.XRayTransform.gradient>`: y are the projections as
+        they are, (B, C, rows, views, columns), and not their :meth:`measurement`, which takes twice their memory.
+        """
+        return self.physics._least_squares(x, y, self._both)
+
+    @torch.no_grad()
+    def squared_residual(self, x: Tensor | None, y: Tensor) -> float:
+        """‖F^½(Ax − y)‖², or ‖F^½y‖² where x is None, as :meth:`gradient` has it."""
+        return self.physics._least_squares(x, y, self._both, back=False)[1]
 
     def measurement(self, y: Tensor) -> Tensor:
         """F^½ y of projections (B, C, rows, views, columns): the measurement that belongs to this physics."""
@@ -107,6 +126,10 @@ class RampFiltered(LinearPhysics):
         patch.register_buffer("root", self.root)
         patch.sqnorm = self.sqnorm
         return patch
+
+    def _both(self, y: Tensor) -> Tensor:
+        """F y: the filter of A and that of its adjoint."""
+        return self._filter(y, self.root**2)[..., : y.shape[-1]]
 
     def _filter(self, y: Tensor, response: Tensor) -> Tensor:
         # The padding makes the convolution linear: cropped, it is F of the projections amid zeros.
@@ -123,3 +146,16 @@ class RampFiltered(LinearPhysics):
         if not value > 0:
             raise ScanError("No ray of the geometry meets the volume; check distances, units and the volume's place.")
         return 1.05 * value
+
+
+class _Normal(torch.autograd.Function):
+    """AᵀFA, which is its own transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ramp: RampFiltered) -> Tensor:
+        ctx.ramp = ramp
+        return ramp.physics._least_squares(x.detach(), None, ramp._both)[0]
+
+    @staticmethod
+    def backward(ctx: Any, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _Normal.apply(x, ctx.ramp), None

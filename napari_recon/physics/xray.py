@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,13 @@ if TYPE_CHECKING:
 
 # The norm of A is first estimated on a grid of about this many voxels along an axis, from as many views.
 COARSE = 32
+
+# Bytes of projections that are worked on at a time where they need not be held; at least half a volume's, since the
+# kernels pad the volume for every batch of views.
+VIEW_BYTES = 64 << 20
+
+# Bytes of a batch that are filtered at a time; the FFT needs some four times as much, best within a core's cache.
+FILTER_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
 
 
 class XRayTransform(LinearPhysics):
@@ -45,6 +53,9 @@ class XRayTransform(LinearPhysics):
         "auto", "cpu" or "cuda"; where the buffers are.
     normalize
         True divides A by its norm, as deepinv's TomographyWithAstra does by default; a number divides by that number.
+    sqnorm
+        What ‖A‖² is taken for, before any normalisation, where a bound of it is known; None estimates it when it is
+        asked for.
 
     Attributes
     ----------
@@ -54,6 +65,9 @@ class XRayTransform(LinearPhysics):
         (rows, views, columns).
     operator_norm
         What A was divided by; 1 unless normalised.
+    batch_bytes
+        How much of the projections :meth:`gradient` works on at a time; halved where memory runs out, so that who
+        finds it smaller knows.
 
     Raises
     ------
@@ -79,6 +93,7 @@ class XRayTransform(LinearPhysics):
         grid: Grid,
         device: str | torch.device = "auto",
         normalize: bool | float = False,
+        sqnorm: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(img_size=(1, *grid.shape), device=resolve_device(device), **kwargs)
@@ -87,7 +102,9 @@ class XRayTransform(LinearPhysics):
         self.rays = Rays(geometry, grid)
         rows, columns = geometry.detector_shape
         self.measurement_shape = (rows, geometry.views, columns)
-        self._physical_sqnorm: float | None = None
+        self.batch_bytes = max(VIEW_BYTES, 2 * grid.voxels)
+        self._view_batches: tuple[int, list[_Batch]] = (0, [])
+        self._physical_sqnorm = sqnorm
         self.normalize = normalize is not False
         norm = math.sqrt(self._squared_norm()) if normalize is True else float(normalize or 1.0)
         if not (math.isfinite(norm) and norm > 0):
@@ -127,6 +144,120 @@ class XRayTransform(LinearPhysics):
     def sqnorm(self) -> float:
         """The largest eigenvalue of AᵀA, over-estimated by about a percent: 1 / sqnorm is a safe gradient step."""
         return self._squared_norm() / float(self.operator_norm) ** 2
+
+    # -- a batch of views at a time --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, float]:
+        """The gradient of ½‖Ax − y‖² and ‖Ax − y‖², without ever holding A x.
+
+        Parameters
+        ----------
+        x
+            Volumes (B, C, D, H, W); where they are is where it is computed.
+        y
+            Projections (B, C, rows, views, columns), on that device or on the host, from where a batch at a time is
+            taken; they may be a mapped file.
+
+        Returns
+        -------
+        Aᵀ(A x − y), (B, C, D, H, W) float32, and the squared norm over the whole batch. Not differentiable.
+        """
+        return self._least_squares(x, y)
+
+    @torch.no_grad()
+    def squared_residual(self, x: Tensor | None, y: Tensor) -> float:
+        """‖Ax − y‖², or ‖y‖² where x is None, as :meth:`gradient` has it."""
+        return self._least_squares(x, y, back=False)[1]
+
+    def _least_squares(
+        self,
+        x: Tensor | None,
+        y: Tensor | None,
+        filtered: Callable[[Tensor], Tensor] | None = None,
+        back: bool = True,
+    ) -> tuple[Tensor, float]:
+        """AᵀF(A x − y), if wanted ``back``, and ⟨A x − y, F(A x − y)⟩; None stands for zeros.
+
+        ``filtered`` is F of a part of the projections, which it may take along rows only; None the identity. Without y
+        only rows in the grid's shadow are seen, and the second is 0.
+        """
+        if x is not None:
+            self._expect(x, self.grid.shape, "volumes", "(B, C, D, H, W)")
+        if y is not None:
+            self._expect(y, self.measurement_shape, "projections", "(B, C, rows, views, columns)")
+        like = x if x is not None else y
+        assert like is not None
+        while True:
+            try:
+                return self._by_batches(x, y, filtered, back, like)
+            except (MemoryError, RuntimeError) as error:
+                largest = max(batch.bytes for batch in self._batches())
+                if not _memory_ran_out(error) or largest <= 4 * math.prod(self.geometry.detector_shape):
+                    raise
+            # What was added to the gradient is not known: it begins anew.
+            self.batch_bytes = largest // 2
+
+    def _by_batches(
+        self,
+        x: Tensor | None,
+        y: Tensor | None,
+        filtered: Callable[[Tensor], Tensor] | None,
+        back: bool,
+        like: Tensor,
+    ) -> tuple[Tensor, float]:
+        device = like.device
+        shape = (*like.shape[:2], *self.grid.shape)
+        out = torch.zeros(shape if back else (0,), device=device)
+        square = torch.zeros((), dtype=torch.float64, device=device)
+        norm = self.operator_norm.to(device) if self.normalize else None
+        volumes = [(b, c) for b in range(like.shape[0]) for c in range(like.shape[1])]
+        for batch in self._batches():
+            projector = projector_for(batch.rays, device)
+            for b, c in volumes:
+                measured = None if y is None else y[b, c][:, batch.views].to(device)
+                if x is not None:
+                    part = projector.forward(x[b, c].detach().float())
+                    if norm is not None:
+                        part /= norm
+                    if measured is not None:
+                        part -= measured
+                else:
+                    assert measured is not None
+                    part = -measured.float()
+                del measured
+                rows = slice(None) if y is not None else batch.rows
+                for piece in _pieces(part[rows]):
+                    if filtered is not None:
+                        changed = filtered(piece)
+                        if y is not None:
+                            square += torch.vdot(piece.flatten(), changed.flatten())
+                        piece.copy_(changed)
+                    elif y is not None:
+                        square += torch.vdot(piece.flatten(), piece.flatten())
+                if back:
+                    if norm is not None:
+                        part /= norm
+                    projector.adjoint(part, out=out[b, c])
+                del part
+        return out, float(square)
+
+    def _batches(self) -> list[_Batch]:
+        """Views in batches of ``batch_bytes``: all at once, or else those that share a kernel, in their order."""
+        if self._view_batches[0] != self.batch_bytes:
+            rows, columns = self.geometry.detector_shape
+            count = max(1, self.batch_bytes // (4 * rows * columns))
+            batches = []
+            if count >= self.geometry.views:
+                batches.append(_Batch(slice(None), self.rays))
+            else:
+                groups = [views for *_, views in self.rays.groups]
+                unseen = np.setdiff1d(np.arange(self.geometry.views), np.concatenate([*groups, []]))
+                for views in [*groups, unseen.astype(np.int64)]:
+                    for n in range(0, len(views), count):
+                        batches.append(_Batch.of(views[n : n + count], self.geometry, self.grid))
+            self._view_batches = (self.batch_bytes, batches)
+        return self._view_batches[1]
 
     # -- parts of it ----------------------------------------------------------------------------------------------
 
@@ -184,6 +315,44 @@ class XRayTransform(LinearPhysics):
         if self._physical_sqnorm is None:
             self._physical_sqnorm = _largest_eigenvalue(self.geometry, self.grid, self._device_holder.device)
         return self._physical_sqnorm
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """Some views, as an index of the projections' axis (a slice where they are neighbours), and their rays."""
+
+    views: slice | Tensor
+    rays: Rays
+
+    @classmethod
+    def of(cls, views: NDArray[np.int64], geometry: Geometry, grid: Grid) -> _Batch:
+        """The batch of these views."""
+        together = bool((np.diff(views) == 1).all())
+        index = slice(int(views[0]), int(views[-1]) + 1) if together else torch.from_numpy(views)
+        return cls(index, Rays(geometry.select(views), grid))
+
+    @property
+    def bytes(self) -> int:
+        """Of the batch's projections."""
+        return 4 * self.rays.geometry.views * math.prod(self.rays.geometry.detector_shape)
+
+    @property
+    def rows(self) -> slice:
+        """The detector's rows that rays through the grid meet."""
+        window = self.rays.window[self.rays.window[:, 1] > self.rays.window[:, 0]]
+        return slice(int(window[:, 0].min()), int(window[:, 1].max())) if len(window) else slice(0, 0)
+
+
+def _pieces(part: Tensor) -> Iterator[Tensor]:
+    """Rows of (rows, views, columns) in pieces that are worked on in turn."""
+    step = max(1, FILTER_BYTES.get(part.device.type, FILTER_BYTES["cpu"]) // (4 * max(1, part[:1].numel())))
+    return iter(part.split(step)) if len(part) else iter(())
+
+
+def _memory_ran_out(error: BaseException) -> bool:
+    """Whether memory ran out, on the host or on a GPU; torch has its own class for the latter only."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
 
 
 class _Forward(torch.autograd.Function):

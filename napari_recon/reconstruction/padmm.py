@@ -168,6 +168,7 @@ class PADMM(StreamingReconstructor):
         init: Start | None = None,
         operator: NormalOperator | None = None,
         settings: Callable[[], Mapping[str, Any]] | None = None,
+        unit: float | None = None,
         **options: Any,
     ) -> Iterator[Update]:
         """Yield the start, then the volume after each iteration.
@@ -183,6 +184,9 @@ class PADMM(StreamingReconstructor):
             ``iterations``, ``preconditioner``, ``operator`` (which another preconditioner may need) and ``init`` (a
             volume, or the name of a start). Changes hold from that iteration on; the volume and the duals stay, but
             for a new ``init``.
+        unit
+            The brightness that ``regularization`` is relative to, where this is a part of something larger; None takes
+            that of FDK.
 
         Raises
         ------
@@ -200,7 +204,8 @@ class PADMM(StreamingReconstructor):
         )
         data.half_pairs += 1
         iteration, box = 0, whole(x)
-        solver = _Solver(data, sqnorm, brightness(reference), self.nonnegative, self.inner, operator, self.scratch)
+        unit = brightness(reference) if unit is None else unit
+        solver = _Solver(data, sqnorm, unit, self.nonnegative, self.inner, operator, self.scratch)
         solver.begin(x, choices, reference)
         del x, reference  # room for a volume or two while the generator lives
         yield Update(box, solver.volume, 0, choices.iterations, solver.figures(), box)

@@ -30,7 +30,7 @@ from deepinv.physics import LinearPhysics
 from torch import Tensor
 
 from napari_recon.physics.normal import DiagCirculantWrapper, NormalOperator, NormalPhysics, is_self_adjoint
-from napari_recon.reconstruction.start import Start, start_volume
+from napari_recon.reconstruction.start import Start, data_gradient, data_square, residual_of, start_volume
 from napari_recon.reconstruction.streaming import Region, StreamingReconstructor, Update, whole
 from napari_recon.scans.errors import ScanError
 
@@ -228,7 +228,7 @@ class PartitionedReconstructor(StreamingReconstructor):
         partition = Partition(shown.shape[2:], self.patch_size, self.stride, self.window)
         total = self.passes * len(partition)
         norm = float(torch.linalg.vector_norm(shown)) or 1.0
-        size = float(torch.linalg.vector_norm(y)) or 1.0
+        size = math.sqrt(data_square(exact, None, y)) or 1.0
 
         def pick(boxes: Sequence[Region]) -> list[Region]:
             point = focus() if callable(focus) else focus
@@ -239,19 +239,26 @@ class PartitionedReconstructor(StreamingReconstructor):
 
         step = 0
         context = shown.clone()
-        residual = _residual(exact, context, y)
-        figures = {"residual": float(torch.linalg.vector_norm(residual)) / size}
+        # Without global steps nobody needs the residual, only the gradient.
+        residual = residual_of(exact, context, y) if self.global_steps else None
+        if residual is None:
+            gradient, square = data_gradient(exact, context, y)
+        else:
+            square = float(torch.linalg.vector_norm(residual)) ** 2
+        figures = {"residual": math.sqrt(square) / size}
         waiting = list(partition.boxes)
         boxes = pick(waiting)
         yield Update(whole(shown), shown, 0, total, figures, boxes[0])
         for sweep in range(self.passes):
-            # Later passes need less: what is left is small, and each step fits some of the noise that a prior removed.
-            steps = self.global_steps if sweep == 0 else min(1, self.global_steps)
-            gradient = _global_steps(exact, shown, residual, steps)
-            if self.global_steps:
+            if residual is not None:
+                # Later passes need less: what is left is small, and each step fits some of the noise that a prior
+                # removed.
+                steps = self.global_steps if sweep == 0 else min(1, self.global_steps)
+                gradient = _global_steps(exact, shown, residual, steps)
                 context.copy_(shown)
-            half_square = 0.5 * float(torch.linalg.vector_norm(residual)) ** 2 or 1.0
-            before = residual if self.global_steps else None
+                square = float(torch.linalg.vector_norm(residual)) ** 2
+            half_square = 0.5 * square or 1.0
+            before = residual
             del residual
             believed = 0.0
             while boxes:
@@ -275,10 +282,17 @@ class PartitionedReconstructor(StreamingReconstructor):
                 if boxes:
                     yield Update(last, shown[_at(last)], step, total, figures, boxes[0])
             del gradient, changes, curved
-            residual = _residual(exact, shown, y)
-            held_back = before is not None and _hold_back(shown, context, believed, before, residual)
+            held_back, residual = False, None
+            if before is not None:
+                residual = residual_of(exact, shown, y)
+                held_back = _hold_back(shown, context, believed, before, residual)
+                square = float(torch.linalg.vector_norm(residual)) ** 2
+            elif sweep < self.passes - 1:
+                gradient, square = data_gradient(exact, shown, y)  # noqa: RUF059, of the next pass
+            else:
+                square = data_square(exact, shown, y)
             del before
-            figures["residual"] = float(torch.linalg.vector_norm(residual)) / size
+            figures["residual"] = math.sqrt(square) / size
             if sweep < self.passes - 1:
                 context.copy_(shown)
                 waiting = list(partition.boxes)
@@ -429,12 +443,6 @@ def _start_option(base: Reconstructor, context: Tensor) -> dict[str, Any]:
     if "init" in options or isinstance(base, StreamingReconstructor):
         return {"init": context}
     return {}
-
-
-def _residual(physics: LinearPhysics, x: Tensor, y: Tensor) -> Tensor:
-    """A x - y, in the memory of A x unless that is x's own, as an identity's is."""
-    ax = physics.A(x)
-    return ax - y if ax.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() else ax.sub_(y)
 
 
 def _global_steps(physics: LinearPhysics, x: Tensor, residual: Tensor, steps: int) -> Tensor:

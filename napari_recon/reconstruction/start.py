@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from deepinv.optim.linear import conjugate_gradient
@@ -12,6 +12,10 @@ from deepinv.utils.mixins import MRIMixin
 from torch import Tensor
 
 from napari_recon.scans.errors import ScanError
+
+if TYPE_CHECKING:
+    from napari_recon.physics.ramp_filtered import RampFiltered
+    from napari_recon.physics.xray import XRayTransform
 
 Start = str | Tensor | Callable[[Tensor, Physics], Tensor]
 
@@ -74,6 +78,48 @@ def is_xray(physics: Physics) -> bool:
 def is_mri(physics: Physics) -> bool:
     """Whether volumes are complex, as two channels: our MultiCoilMRI or one of deepinv's."""
     return isinstance(physics, MRIMixin)
+
+
+def data_gradient(physics: LinearPhysics, x: Tensor, y: Tensor) -> tuple[Tensor, float]:
+    """Aᵀ(Ax − y) and ‖Ax − y‖²; of projections a batch of views at a time, so that A x is never held.
+
+    Parameters
+    ----------
+    physics, y
+        Of a RampFiltered physics y may be the projections as they are, which takes far less memory, or its
+        ``measurement(y)``.
+    x
+        (B, C, *spatial).
+    """
+    if (batched := _by_batches(physics, y)) is not None:
+        return batched.gradient(x, y)
+    residual = residual_of(physics, x, y)
+    square = float(torch.linalg.vector_norm(residual)) ** 2
+    return physics.A_adjoint(residual), square
+
+
+def data_square(physics: LinearPhysics, x: Tensor | None, y: Tensor) -> float:
+    """‖Ax − y‖², or ‖y‖² where x is None; see :func:`data_gradient`."""
+    if (batched := _by_batches(physics, y)) is not None:
+        return batched.squared_residual(x, y)
+    return float(torch.linalg.vector_norm(y if x is None else residual_of(physics, x, y))) ** 2
+
+
+def residual_of(physics: LinearPhysics, x: Tensor, y: Tensor) -> Tensor:
+    """A x - y, in the memory of A x unless that is x's own, as an identity's is."""
+    ax = physics.A(x)
+    return ax - y if ax.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() else ax.sub_(y)
+
+
+def _by_batches(physics: LinearPhysics, y: Tensor) -> XRayTransform | RampFiltered | None:
+    """The physics, if it takes these projections a batch of views at a time."""
+    from napari_recon.physics.ramp_filtered import RampFiltered
+    from napari_recon.physics.xray import XRayTransform
+
+    if not isinstance(physics, XRayTransform | RampFiltered):
+        return None
+    xray = physics.physics if isinstance(physics, RampFiltered) else physics
+    return physics if tuple(y.shape[2:]) == xray.measurement_shape else None
 
 
 def data_residual(ax: Tensor, y: Tensor) -> float:

@@ -18,6 +18,8 @@ from napari_recon.physics.ramp_filtered import RampFiltered
 from napari_recon.reconstruction.start import (
     Start,
     brightness,
+    data_gradient,
+    data_square,
     data_volume,
     is_mri,
     is_xray,
@@ -129,9 +131,12 @@ class TVPrior(dinv.optim.Prior):
         axes, shape = x.ndim - 2, x.shape
         volumes = x.detach().contiguous().numpy().reshape(shape[0] * shape[1], *([1] if axes == 2 else []), *shape[2:])
         out = np.empty_like(volumes)
-        p = np.zeros((3, *volumes.shape), np.float32)
-        if dual is not None:
-            p[3 - axes :] = dual.numpy().reshape(axes, *volumes.shape)
+        if dual is not None and axes == 3:
+            p = dual.contiguous().numpy().reshape(3, *volumes.shape)  # it goes on in its own memory
+        else:
+            p = np.zeros((3, *volumes.shape), np.float32)
+            if dual is not None:
+                p[3 - axes :] = dual.numpy().reshape(axes, *volumes.shape)
         q, p_old = np.empty_like(p[:, 0]), None
         lipschitz = 4 * sum(n > 1 for n in shape[2:]) or 4
         lower = np.float32(0 if self.nonnegative else -3e38)  # no infinity: kernels are compiled without it
@@ -401,38 +406,57 @@ class TV(StreamingReconstructor):
             same = isinstance(start, str) and start == "fdk" and is_xray(physics)
             reference = x if same else data_volume(y, physics, sqnorm)
         threshold = tv_threshold(self.regularization, reference)
-        del reference
+        del reference, start, init  # or they would be held throughout
         if self.nonnegative:
-            x = x.clamp(min=0)
+            x.clamp_(min=0)
         step = 1 / sqnorm
         weight = threshold / step
         prior = TVPrior(self.inner, nonnegative=self.nonnegative)
         box = whole(x)
-        # A x of both iterates is kept, so that the extrapolated point's costs no projection of its own.
-        ax = physics.A(x)
-        size = float(y.norm())
+        size = math.sqrt(data_square(physics, None, y))
 
-        def figures(ax: Tensor, x: Tensor) -> dict[str, float]:
-            residual = float((ax - y).norm())
+        def figures(square: float, x: Tensor) -> dict[str, float]:
             return {
-                "residual": residual / size if size else 0.0,
-                "objective": 0.5 * residual**2 + weight * float(prior.fn(x).sum()),
+                "residual": math.sqrt(square) / size if size else 0.0,
+                "objective": 0.5 * square + weight * float(prior.fn(x).sum()),
             }
 
-        yield Update(box, x, 0, self.iterations, figures(ax, x), box)
-        z, az, t = x, ax, 1.0
+        # What is held beside y are volumes only, ten at most, in the proximal operator: no A x of any iterate.
+        gradient, square = data_gradient(physics, x, y)
+        yield Update(box, x, 0, self.iterations, figures(square, x), box)
+        z, t = x.clone(), 1.0
         for iteration in range(1, self.iterations + 1):
-            x_next = prior.prox(z - step * physics.A_adjoint(az - y), gamma=threshold)
-            ax_next = physics.A(x_next)
-            if float(torch.vdot((z - x_next).flatten(), (x_next - x).flatten())) > 0:
+            x_next = prior.prox(gradient.mul_(-step).add_(z), gamma=threshold)
+            del gradient
+            change = x.neg_().add_(x_next)  # in the memory of the volume before
+            if float(torch.vdot(z.sub_(x_next).flatten(), change.flatten())) > 0:
                 t = 1.0
             t_next = (1 + math.sqrt(1 + 4 * t * t)) / 2
             momentum = (t - 1) / t_next
-            z, az = x_next + momentum * (x_next - x), ax_next + momentum * (ax_next - ax)
-            x, ax, t = x_next, ax_next, t_next
+            torch.add(x_next, change, alpha=momentum, out=z)
+            if iteration < self.iterations:
+                gradient, at_z = data_gradient(physics, z, y)
+                slope = float(torch.vdot(gradient.flatten(), change.flatten()))
+                square = _square_before(at_z, slope, square, momentum)
+            else:
+                square = data_square(physics, x_next, y)
+            x, t = x_next, t_next
+            del change, x_next
             yield Update(
-                box, x, iteration, self.iterations, figures(ax, x), box if iteration < self.iterations else None
+                box, x, iteration, self.iterations, figures(square, x), box if iteration < self.iterations else None
             )
+
+
+def _square_before(at_z: float, slope: float, last: float, momentum: float) -> float:
+    """‖Ax − y‖² of an iterate x, from what is known at the point z = x + m d beyond it, d being x less the last one.
+
+    With r the residual at z, those of x and of the last iterate are r − m A d and r − (1 + m) A d. Their squares
+    differ in ⟨r, Ad⟩, which is the gradient's ``slope`` ⟨Aᵀr, d⟩, and in ‖Ad‖², which the ``last`` square tells. So no
+    A of x is needed, and an error of the last square goes on by a quarter at most.
+    """
+    beyond = 1 + momentum
+    curvature = max(0.0, last - at_z + 2 * beyond * slope) / beyond**2
+    return max(0.0, at_z - 2 * momentum * slope + momentum**2 * curvature)
 
 
 class PreconditionedTV(StreamingReconstructor):
@@ -463,7 +487,12 @@ class PreconditionedTV(StreamingReconstructor):
 
     @torch.no_grad()
     def stream(
-        self, y: Tensor, physics: LinearPhysics, ramp: RampFiltered | None = None, **options: Any
+        self,
+        y: Tensor,
+        physics: LinearPhysics,
+        ramp: RampFiltered | None = None,
+        reference: Tensor | None = None,
+        **options: Any,
     ) -> Iterator[Update]:
         """Yield FDK as the start, then the volume after each iteration.
 
@@ -474,16 +503,19 @@ class PreconditionedTV(StreamingReconstructor):
             the start.
         ramp
             RampFiltered(physics), where it is there already: it costs some products to make.
+        reference
+            As for :class:`TV`; None takes the start.
         """
         start = physics.A_adjoint(y) if isinstance(physics, RampFiltered) else start_volume(None, y, physics)
         if is_xray(physics):
             physics = ramp or RampFiltered(physics)
-            y = physics.measurement(y)
         weight = self.regularization
         if weight is None:
             weight = WEIGHT_OF_MRI if is_mri(physics) else 1e-3
             if isinstance(physics, RampFiltered):
-                across = max(physics.grid.shape)
+                across = max(physics.grid.shape[1:])
                 weight = min(WEIGHT_PER_VIEW * physics.geometry.views / across, LARGEST_WEIGHT)
         method = TV(self.iterations, weight, nonnegative=not is_mri(physics))
-        yield from method.stream(y, physics, init=start, reference=start)
+        updates = method.stream(y, physics, init=start, reference=start if reference is None else reference)
+        del start
+        yield from updates

@@ -28,7 +28,14 @@ from torch import Tensor, nn
 from napari_recon.physics.normal import DiagCirculantWrapper, NormalOperator, NormalPhysics
 from napari_recon.physics.ramp_filtered import RampFiltered
 from napari_recon.reconstruction.partitioned import Focus, Partition, PartitionedReconstructor
-from napari_recon.reconstruction.start import Start, brightness, operator_sqnorm, start_volume
+from napari_recon.reconstruction.start import (
+    Start,
+    brightness,
+    data_gradient,
+    data_square,
+    operator_sqnorm,
+    start_volume,
+)
 from napari_recon.reconstruction.streaming import Region, StreamingReconstructor, Update, whole
 from napari_recon.reconstruction.tv import PreconditionedTV
 from napari_recon.scans.errors import ScanError
@@ -45,7 +52,7 @@ SLICES = 16
 
 def apply_by_patches(
     denoise: Callable[[Tensor], Tensor],
-    x: Tensor,
+    x: Tensor | Sequence[Tensor],
     out: Tensor,
     partition: Partition,
     batch: int = 1,
@@ -58,7 +65,8 @@ def apply_by_patches(
     denoise
         (n, M, *patch) to (n, C, *patch).
     x
-        Volume (B, C, *spatial), or M = 2 C channels of it and of the volume before; left as it is.
+        Volume (B, C, *spatial), or several whose channels are shown together, M in all, such as it and the volume
+        before; left as they are.
     out
         A copy of the volume, changed in place: at any time the blend of what is done with what is not.
     partition
@@ -72,6 +80,7 @@ def apply_by_patches(
     ------
     The boxes, each after ``out`` has changed there.
     """
+    volumes = [x] if isinstance(x, Tensor) else list(x)
     waiting = list(partition.boxes)
     while waiting:
         point = focus() if callable(focus) else focus
@@ -80,12 +89,20 @@ def apply_by_patches(
         elif len(point) != len(partition.shape):
             raise ScanError(f"The focus {tuple(point)} must be {len(partition.shape)} coordinates in voxels.")
         boxes = partition.nearest(waiting, point, batch)
-        patches = torch.cat([x[_at(box)] for box in boxes])
-        changes = (denoise(patches) - patches[:, : out.shape[1]]).split(len(x))
+        patches = torch.cat([torch.cat([v[_at(box)] for v in volumes], 1) for box in boxes])
+        changes = (denoise(patches) - patches[:, : out.shape[1]]).split(len(out))
         for box, change in zip(boxes, changes, strict=True):
             waiting.remove(box)
             out[_at(box)] += change * partition.weights(box, out.device)
         yield from boxes
+
+
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for bfloat16, so that networks gain time by it and not only memory."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 class _Learned(StreamingReconstructor):
@@ -244,12 +261,12 @@ class UnrolledPGD(_Learned):
         """Yield x after each of the data steps of an iteration; differentiable."""
         z, t = x, 1.0
         for left in reversed(range(self.data_steps)):
-            following = z - self.step_sizes[iteration] * gradient(z)
+            following = torch.addcmul(z, gradient(z), -self.step_sizes[iteration])
             if self.nonnegative:
-                following = following.clamp(min=0)
+                following = following.clamp_(min=0)
             if left:
                 t_next = (1 + math.sqrt(1 + 4 * t * t)) / 2
-                z, t = following + (t - 1) / t_next * (following - x), t_next
+                z, t = torch.lerp(x, following, 1 + (t - 1) / t_next), t_next
             x = following
             yield x
 
@@ -274,7 +291,7 @@ class UnrolledPGD(_Learned):
         def denoise(v: Tensor) -> Tensor:
             return self._shown(network, v[:, :channels], scale, v[:, channels:] if self.memory else None)
 
-        shown = torch.cat([x, before], 1) if self.memory else x
+        shown = [x, before] if self.memory else x
         return apply_by_patches(denoise, shown, out, partition, self.batch, focus)
 
     def forward(self, y: Tensor, physics: LinearPhysics, **options: Any) -> Tensor:
@@ -282,8 +299,10 @@ class UnrolledPGD(_Learned):
         alone = self.patch_size is None and not isinstance(physics, NormalPhysics)
         if not (alone and self.training and torch.is_grad_enabled()):
             return super().forward(y, physics, **options)
-        y, physics, starting = self._begin(y, physics, options.get("init"), None, options.get("ramp"))
+        physics, starting, filtered = self._begin(y, physics, options.get("init"), None, options.get("ramp"))
         *_, started = starting
+        if filtered is not None:
+            y = filtered.measurement(y)
         x = started.values
         norm = operator_sqnorm(physics)
         iterates = self.unroll(x, lambda v: physics.A_adjoint(physics.A(v) - y) / norm, self._scale(x))
@@ -339,26 +358,28 @@ class UnrolledPGD(_Learned):
                     "This UnrolledPGD takes ramp-filtered steps, but the wrapper's normal operator stands for AᵀA "
                     "without the filter: fit one to step_physics(physics), and pass it as operator."
                 )
-        y, physics, starting = self._begin(y, physics, init, operator, ramp)
-        first = next(starting)
-        x, box = first.values, whole(first.values)
-        partition = self._partition(x)
-        a_pass = first.total + self.iterations * (self.data_steps + len(partition))
-        total = a_pass + (self.passes - 1) * len(partition)
-        yield Update(box, x, 0, total, first.figures, box)
+        # The projections are never filtered as a whole: a data step takes a batch of views at a time.
+        physics, starting, _ = self._begin(y, physics, init, operator, ramp)
+        step = total = 0
         for update in starting:
-            x = update.values
-            yield Update(box, x, update.step, total, update.figures, box)
-        step, x = first.total, x.clone()
+            if not update.step:
+                box = whole(update.values)
+                partition = self._partition(update.values)
+                a_pass = update.total + self.iterations * (self.data_steps + len(partition))
+                total = a_pass + (self.passes - 1) * len(partition)
+            x, step = update.values, update.step
+            yield Update(box, x, step, total, update.figures, box)
+        x = x.clone()  # who follows the stream may write what comes next into what was yielded
+        del update, starting, init
         norm, scale = operator_sqnorm(physics, tuple(x.shape[1:]), x.device), self._scale(x)
-        size = float(torch.linalg.vector_norm(y)) or 1.0
+        size = math.sqrt(data_square(physics, None, y)) or 1.0
         residual = 0.0
 
         def gradient(v: Tensor) -> Tensor:
             nonlocal residual
-            difference = physics.A(v).sub_(y)
-            residual = float(torch.linalg.vector_norm(difference)) / size
-            return physics.A_adjoint(difference).div_(norm)
+            found, square = data_gradient(physics, v, y)
+            residual = math.sqrt(square) / size
+            return found.div_(norm)
 
         shown = torch.empty_like(x)
         for k in range(self.iterations):
@@ -376,7 +397,7 @@ class UnrolledPGD(_Learned):
             x = shown.clone()
         if self.passes == 1:
             return
-        del x
+        del x, before
         patches = PartitionedReconstructor(
             _OnPatches(self, scale, norm),
             patch_size=self.patch_size or 1,
@@ -397,13 +418,12 @@ class UnrolledPGD(_Learned):
         init: Start | None,
         operator: NormalOperator | None,
         ramp: RampFiltered | None,
-    ) -> tuple[Tensor, LinearPhysics, Iterator[Update]]:
-        """The measurement and the physics whose gradient is taken, and the steps of the start."""
+    ) -> tuple[LinearPhysics, Iterator[Update], RampFiltered | None]:
+        """The physics whose gradient is taken, the steps of the start, and the physics if it is y that it filters."""
         stepped = ramp if ramp is not None and self.step == "ramp" else self.step_physics(physics)
-        filtered = isinstance(stepped, RampFiltered) and stepped is not physics
-        measured = stepped.measurement(y) if filtered else y
-        starting = self._starting(y, physics, init, stepped if filtered else ramp)
-        return measured, stepped, _checked(starting, operator)
+        filtered = stepped if isinstance(stepped, RampFiltered) and stepped is not physics else None
+        starting = self._starting(y, physics, init, ramp if filtered is None else filtered)
+        return stepped, _checked(starting, operator), filtered
 
     def _on_patch(self, b: Tensor, physics: NormalPhysics, init: Start | None) -> Iterator[Update]:
         """K steps on a patch: the gradient at x̃ is A(x̃) − b."""

@@ -525,11 +525,12 @@ class NumbaProjector:
                     _give_projections(
                         sums, batch.rays, batch.counts, batch.corners, batch.views, self.size, aligned, out
                     )
+                del padded  # before the next one is there
         return torch.from_numpy(out)
 
-    def adjoint(self, projections: Tensor) -> Tensor:
-        """The transpose of :meth:`forward`: (rows, views, columns) -> (D, H, W), float32."""
-        out = np.zeros(self.rays.grid.shape, np.float32)
+    def adjoint(self, projections: Tensor, out: Tensor | None = None) -> Tensor:
+        """The transpose of :meth:`forward`: (rows, views, columns) -> (D, H, W), float32; added to ``out`` if given."""
+        out = torch.zeros(self.rays.grid.shape) if out is None else out
         array = _array(projections)
         with kernel_lock:
             for axis, aligned, views in self.rays.groups:
@@ -541,11 +542,11 @@ class NumbaProjector:
                     )
                     self._spread(padded, batch, sums)
                 _unpad(padded, _order(axis, aligned), out)
-        return torch.from_numpy(out)
+        return out
 
     def normal(self, volume: Tensor) -> Tensor:
         """Adjoint of forward, without ever holding the projections: only those rays of a few views at a time."""
-        out = np.zeros(self.rays.grid.shape, np.float32)
+        out = torch.zeros(self.rays.grid.shape)
         array = _array(volume)
         with kernel_lock:
             for axis, aligned, views in self.rays.groups:
@@ -556,7 +557,8 @@ class NumbaProjector:
                     _square_lengths(sums, batch.rays, batch.counts, self.size, aligned)
                     self._spread(target, batch, sums)
                 _unpad(target, _order(axis, aligned), out)
-        return torch.from_numpy(out)
+                del source, target  # before the next ones are there
+        return out
 
     def filtered_buffer(self, views: int, rows: int) -> tuple[NDArray[np.float32], Tensor]:
         """Where filtered projections of some views and rows are to be put for :meth:`backproject`.
@@ -632,7 +634,7 @@ def _pad(volume: NDArray[np.float32], order: tuple[int, int, int]) -> NDArray[np
     return padded
 
 
-def _unpad(padded: NDArray[np.float32], order: tuple[int, int, int], out: NDArray[np.float32]) -> None:
+def _unpad(padded: NDArray[np.float32], order: tuple[int, int, int], out: Tensor) -> None:
     """Add a padded volume in a kernel's memory order to ``out`` (D, H, W)."""
     axes = tuple(2 - q for q in order)
-    torch.from_numpy(out).permute(axes).add_(torch.from_numpy(padded)[:, 1:-2, 1:-2])
+    out.permute(axes).add_(torch.from_numpy(padded)[:, 1:-2, 1:-2])

@@ -54,9 +54,9 @@ class TorchProjector:
                 out[r0:r1, self._index(batch), c0:c1] = sums.transpose(0, 1)
         return out
 
-    def adjoint(self, projections: Tensor) -> Tensor:
-        """The transpose of :meth:`forward`: (rows, views, columns) -> (D, H, W), float32."""
-        out = torch.zeros(self.rays.grid.shape, device=self.device)
+    def adjoint(self, projections: Tensor, out: Tensor | None = None) -> Tensor:
+        """The transpose of :meth:`forward`: (rows, views, columns) -> (D, H, W), float32; added to ``out`` if given."""
+        out = torch.zeros(self.rays.grid.shape, device=self.device) if out is None else out
         for axis, views in self._groups():
             slices = out.permute(_permutation(axis))
             for batch, (r0, r1, c0, c1) in self._batches(views):
