@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
+import warnings
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,8 +29,8 @@ class Projector(Protocol):
     def forward(self, volume: Tensor) -> Tensor:
         """(D, H, W) -> (rows, views, columns)."""
 
-    def adjoint(self, projections: Tensor) -> Tensor:
-        """(rows, views, columns) -> (D, H, W), exactly the transpose of forward."""
+    def adjoint(self, projections: Tensor, out: Tensor | None = None) -> Tensor:
+        """(rows, views, columns) -> (D, H, W), exactly the transpose of forward; added to ``out`` if given."""
 
     def normal(self, volume: Tensor) -> Tensor:
         """adjoint(forward(volume)) with memory for a batch of views."""
@@ -39,8 +43,37 @@ class Projector(Protocol):
 
 
 def projector_for(rays: Rays, device: torch.device) -> Projector:
-    """The kernels for a device: numba on the CPU, torch elsewhere."""
-    return NumbaProjector(rays) if device.type == "cpu" else TorchProjector(rays, device)
+    """The kernels for a device: numba on the CPU, Triton on GPUs for which it can compile, torch elsewhere.
+
+    With the environment variable ``NAPARI_RECON_PROJECTOR=torch`` GPUs are served by torch.
+    """
+    if device.type == "cpu":
+        return NumbaProjector(rays)
+    if device.type == "cuda" and os.environ.get("NAPARI_RECON_PROJECTOR") != "torch" and _triton_works(device):
+        from napari_recon.physics.projectors.triton_gpu import TritonProjector
+
+        return TritonProjector(rays, device)
+    return TorchProjector(rays, device)
+
+
+@functools.cache
+def _triton_works(device: torch.device) -> bool:
+    """Whether Triton can be imported, and a kernel be compiled and run; told once where it is there but fails."""
+    if importlib.util.find_spec("triton") is None:  # Windows, macOS
+        return False
+    try:
+        from napari_recon.physics.projectors.triton_gpu import try_out
+
+        try_out(device)
+    except Exception as error:  # of the compilers, the driver or Triton itself
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        warnings.warn(
+            f"Triton cannot compile kernels for {device} here ({reason[0]}): PyTorch's projector is used, which is "
+            "several times slower; a C compiler and Python's header files are what is mostly missing.",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def warm_up() -> None:
