@@ -1,8 +1,8 @@
-"""The command line: ``napari-recon`` and ``python -m napari_recon.cli``.
+"""The command line: ``napari-recon`` and ``python -m napari_recon``.
 
 Heavy imports stand inside the commands, so that ``--help`` is quick. Results go to standard output (with ``--json`` as
 exactly one JSON object), everything else to standard error. Exit status 2 means bad input, 1 that something failed,
-130 that it was interrupted.
+130 that it was interrupted. Of several processes under torchrun the first one speaks, the others of their errors only.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 import typer
 
 if TYPE_CHECKING:
-    from napari_recon.jobs import Job, OperatorJob, ReconstructionJob
+    from napari_recon.jobs import Job, OperatorJob, ReconstructionJob, SweepJob
     from napari_recon.jobs.messages import Finished
     from napari_recon.scans import KSpaceScan, Scan
 
-SomeJob = TypeVar("SomeJob", "ReconstructionJob", "OperatorJob")
+SomeJob = TypeVar("SomeJob", "ReconstructionJob", "OperatorJob", "SweepJob")
 
 app = typer.Typer(
     name="napari-recon",
@@ -61,6 +61,40 @@ Air = Annotated[
 ]
 Shape = Annotated[tuple[int, int, int] | None, typer.Option(metavar="D H W", help="Voxels along z, y, x.")]
 VoxelSize = Annotated[float | None, typer.Option(metavar="MM", help="Edge of a voxel in mm.")]
+Iterations = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Iterations, of sirt, sense, tv, padmm or unrolled (by default as trained)."),
+]
+Regularization = Annotated[
+    float | None,
+    typer.Option(metavar="R", help="Weight of the TV: 0.0003 keeps detail, 0.003 is smooth; of sense, of |x|^2."),
+]
+Rho = Annotated[float | None, typer.Option(metavar="R", help="Penalty of padmm: a matter of speed only.")]
+Preconditioner = Annotated[
+    Literal["scalar", "diagonal", "circulant", "operator"] | None,
+    typer.Option(help="What stands for AtA in padmm's steps; operator fits H first."),
+]
+Start = Annotated[
+    str | None,
+    typer.Option(
+        metavar="network|fdk|tv|zeros|FILE", help="Where padmm begins; a file is a volume, or weights of a network."
+    ),
+]
+Patch = Annotated[int | None, typer.Option(metavar="P", help="Edge of a patch in voxels; 0: the whole volume at once.")]
+Weights = Annotated[
+    str | None,
+    typer.Option(metavar="WEIGHTS", help="Of unrolled: the name of weights that ship, or a file from train."),
+]
+Operator = Annotated[
+    str | None,
+    typer.Option(
+        metavar="fit|exact|FILE",
+        help="The data step on patches: by a normal operator that is fitted, or from fit-operator; or projected.",
+    ),
+]
+Passes = Annotated[
+    int | None, typer.Option(metavar="N", help="Sweeps over the patches; of unrolled, 1 or 2 (2 with --operator).")
+]
 Bits = Annotated[
     Literal["16", "32"] | None,
     typer.Option(help="Of the volume's numbers: 32 (floats) unless 16 are asked for, with a scale; DICOM has 16."),
@@ -74,6 +108,7 @@ def demo(
     screenshot: Annotated[
         Path | None, typer.Option(metavar="PNG", help="Run to the end, save a picture of the window, and leave.")
     ] = None,
+    compared: Annotated[bool, typer.Option("--compare", help="Then compare both with the truth.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """A scan with few views in napari: FDK at once, then the learned reconstruction live, patch by patch."""
@@ -89,7 +124,7 @@ def demo(
             raise ScanError(
                 f"napari cannot open a window here ({error}): install it with pip install 'napari[pyqt6]'."
             ) from error
-        status = run_demo(screenshot)
+        status = run_demo(screenshot, compared)
         say({"screenshot": None if screenshot is None else str(screenshot), "seconds": time.perf_counter() - start})
         if status:
             raise typer.Exit(status)
@@ -174,25 +209,23 @@ def reconstruct(
     ] = None,
     shape: Shape = None,
     voxel_size: VoxelSize = None,
-    iterations: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Iterations, of sirt, sense, tv, padmm or unrolled (by default as trained)."),
+    slices: Annotated[
+        tuple[int, int] | None,
+        typer.Option(metavar="A B", help="Only slices A up to (not with) B, from all rays that see them."),
     ] = None,
-    regularization: Annotated[
-        float | None,
-        typer.Option(metavar="R", help="Weight of the TV: 0.0003 keeps detail, 0.003 is smooth; of sense, of |x|^2."),
-    ] = None,
-    rho: Annotated[float | None, typer.Option(metavar="R", help="Penalty of padmm: a matter of speed only.")] = None,
-    preconditioner: Annotated[
-        Literal["scalar", "diagonal", "circulant", "operator"] | None,
-        typer.Option(help="What stands for AtA in padmm's steps; operator fits H first."),
-    ] = None,
-    start: Annotated[
-        str | None,
+    slab: Annotated[
+        str,
         typer.Option(
-            metavar="network|fdk|tv|zeros|FILE", help="Where padmm begins; a file is a volume, or weights of a network."
+            metavar="auto|none|N",
+            help="Slices at a time, into an .ome.zarr that can be read meanwhile; stopped, it goes on when called "
+            "again. By default where memory has no room for the whole.",
         ),
-    ] = None,
+    ] = "auto",
+    iterations: Iterations = None,
+    regularization: Regularization = None,
+    rho: Rho = None,
+    preconditioner: Preconditioner = None,
+    start: Start = None,
     weighted: Annotated[
         bool, typer.Option("--weighted", help="padmm weighs pixels by the photons that reached them, exp(-y).")
     ] = False,
@@ -205,23 +238,14 @@ def reconstruct(
     nonnegative: Annotated[
         bool | None, typer.Option("--nonnegative/--no-nonnegative", help="sirt sets attenuation below zero to zero.")
     ] = None,
-    patch: Annotated[
-        int | None, typer.Option(metavar="P", help="Edge of a patch in voxels; 0: the whole volume at once.")
-    ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(metavar="WEIGHTS", help="Of unrolled: the name of weights that ship, or a file from train."),
-    ] = None,
+    patch: Patch = None,
+    weights: Weights = None,
     exact: Annotated[bool, typer.Option("--exact", help="The same as --operator exact.")] = False,
-    operator: Annotated[
-        str | None,
-        typer.Option(
-            metavar="fit|exact|FILE",
-            help="The data step on patches: by a normal operator that is fitted, or from fit-operator; or projected.",
-        ),
-    ] = None,
-    passes: Annotated[
-        int | None, typer.Option(metavar="N", help="Sweeps over the patches; of unrolled, 1 or 2 (2 with --operator).")
+    operator: Operator = None,
+    passes: Passes = None,
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16"] | None,
+        typer.Option(help="Of an unrolled method's network; by default bfloat16 where the machine computes with it."),
     ] = None,
     window: Annotated[
         Literal["ram-lak", "shepp-logan", "cosine", "hann"] | None, typer.Option(help="Ramp window, of fdk.")
@@ -231,31 +255,23 @@ def reconstruct(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Reconstruct a scan into a volume."""
+    """Reconstruct a scan into a volume.
+
+    On several GPUs: torchrun --nproc-per-node N -m napari_recon reconstruct SCAN -o VOLUME.ome.zarr --slab N.
+    """
     with _told(as_json) as say:
-        from napari_recon.jobs.job import MRI_REGULARIZATION, SHIPPED_WEIGHTS, STARTS, ReconstructionJob
+        from napari_recon.jobs.job import ReconstructionJob
         from napari_recon.jobs.volumes import check_output
         from napari_recon.scans.errors import ScanError
 
         if exact and operator is not None:
             raise ScanError("--exact and --operator exclude each other: give one of them.")
-        if weights is not None and method == "unrolled":
-            from napari_recon.learning.weights import find_weights, shipped_weights
-
-            found = find_weights(weights)  # a file is found again from anywhere
-            weights = weights if weights in shipped_weights() else str(found.absolute())
-        if start is not None and start not in STARTS and Path(start).expanduser().exists():
-            start = str(Path(start).expanduser().absolute())  # a file is found again from anywhere
+        if slab not in ("auto", "none") and not (slab.isdecimal() and int(slab)):
+            raise ScanError(f"--slab {slab} will not do: give a number of slices, auto or none.")
         more: dict[str, Any] = {"coils": coils, "acceleration": acceleration, "half": half}
         more |= {"pattern": pattern, "seed": pattern_seed, "calibration": calibration}
         more |= {"slice": slice_, "prewhiten": prewhiten}
         opened = _open(scan, views, binning, axis_offset, air_normalisation, **more)
-        mri = opened.kind == "mri"
-        method = method or ("padmm" if mri else "tv")
-        if mri and method == "padmm" and regularization is None:
-            regularization = MRI_REGULARIZATION
-        if mri and method == "unrolled" and weights is None:
-            weights = SHIPPED_WEIGHTS["mri"]
         given = {
             "iterations": iterations,
             "regularization": regularization,
@@ -270,16 +286,10 @@ def reconstruct(
             "patch": patch,
             "operator": "exact" if exact else operator,
             "passes": passes,
+            "precision": precision,
             "window": window,
         }
-        parameters: dict[str, Any] = {
-            "method": method,
-            **{name: value for name, value in given.items() if value is not None},
-        }
-        if method == "unrolled" and "operator" in parameters:
-            parameters.setdefault("passes", 2)  # the first pass has no use for one
-        if parameters.get("patch") == 0:
-            parameters["patch"] = None
+        parameters = _parameters(opened.kind, method, given)
         check_output(output)
         job = _validated(
             ReconstructionJob,
@@ -291,11 +301,125 @@ def reconstruct(
             device=device,
             output=output,
             bits=_bits(bits),
+            slices=slices,
+            slab={"auto": "auto", "none": None}[slab] if not slab.isdecimal() else int(slab),
+            seed=seed,
+        )
+        if os.environ.get("WORLD_SIZE", "1") != "1" and not isinstance(job.slab, int):
+            raise ScanError(
+                "Several processes share a volume slab by slab: give --slab N, and an output that ends in .ome.zarr."
+            )
+        for sentence in opened.checks():
+            _note(f"warning: {sentence}")
+        try:
+            finished = _run(job)
+        except KeyboardInterrupt:
+            from napari_recon.jobs.slabs import work_folder
+
+            if not work_folder(output).exists():
+                raise
+            raise KeyboardInterrupt("Interrupted; what is finished is kept: the same command goes on.") from None
+        _report(finished, as_json, say)
+
+
+@app.command()
+def sweep(
+    scan: ScanPath,
+    parameter: Annotated[
+        Literal["regularization", "iterations", "rho", "passes", "patch", "views"],
+        typer.Option(help="What is varied; all else is as reconstruct has it."),
+    ],
+    values: Annotated[str, typer.Option(metavar="V,V,...", help="Two to twelve, with commas between them.")],
+    method: Annotated[
+        Literal["fdk", "sirt", "tv", "padmm", "unrolled"] | None, typer.Option(help="By default tv.")
+    ] = None,
+    binning: Annotated[
+        int | None, typer.Option(metavar="N", help="Coarser than reconstruct: by default 2, of --slices 1.")
+    ] = None,
+    slices: Annotated[
+        tuple[int, int] | None, typer.Option(metavar="A B", help="Only slices A up to (not with) B of the volume.")
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(metavar="VOLUME", help="What they are compared with; by default the scan's truth, if it has one."),
+    ] = None,
+    views: Views = None,
+    axis_offset: AxisOffset = None,
+    air_normalisation: Air = None,
+    shape: Shape = None,
+    voxel_size: VoxelSize = None,
+    iterations: Iterations = None,
+    regularization: Regularization = None,
+    rho: Rho = None,
+    preconditioner: Preconditioner = None,
+    start: Start = None,
+    patch: Patch = None,
+    weights: Weights = None,
+    operator: Operator = None,
+    passes: Passes = None,
+    csv: Annotated[Path | None, typer.Option(metavar="CSV", help="The table as a file.")] = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Reconstruct with several values of a parameter, on coarser voxels or some slices, and compare."""
+    with _told(as_json) as say:
+        from napari_recon.jobs.job import SweepJob
+        from napari_recon.measures import table
+        from napari_recon.scans.errors import ScanError
+
+        if csv is not None:
+            table.check_path(csv, ".csv")
+        try:
+            numbers = [float(word) for word in values.split(",") if word.strip()]
+        except ValueError:
+            raise ScanError(f"--values {values} are no numbers with commas between them: give 0.001,0.002.") from None
+        opened = _open(scan, views, 1, axis_offset, air_normalisation)
+        if opened.kind == "mri":
+            raise ScanError(f"{scan} holds k-space (MRI), and sweeps are made of X-ray projections only.")
+        grid = opened.default_grid(shape, voxel_size)
+        given = {
+            "iterations": iterations,
+            "regularization": regularization,
+            "rho": rho,
+            "preconditioner": preconditioner,
+            "start": start,
+            "weights": weights,
+            "patch": patch,
+            "operator": operator,
+            "passes": passes,
+        }
+        job = _validated(
+            SweepJob,
+            scan=scan.expanduser().absolute(),
+            options=opened.options,
+            shape=grid.shape,
+            voxel_size=grid.voxel_size,
+            parameters=_parameters(opened.kind, method, given),
+            parameter=parameter,
+            values=numbers,
+            binning=binning if binning is not None else 2 if slices is None else 1,
+            slices=slices,
+            reference=reference,
+            device=device,
             seed=seed,
         )
         for sentence in opened.checks():
             _note(f"warning: {sentence}")
-        _report(_run(job), as_json, say)
+        finished = _run(job)
+        rows = finished.provenance["sweep"]["rows"]
+        if csv is not None:
+            table.write_csv(csv, [{"volume": f"{parameter} {row['value']:g}"} | row for row in rows])
+        if as_json:
+            told = {"parameter": parameter, "rows": rows, "best": finished.figures.get("best")}
+            made = {"seconds": finished.seconds, "peak_memory": finished.peak_memory, "job": finished.provenance["job"]}
+            say(told | made)
+            return
+        columns = [key for key in rows[0] if key != "value"]
+        print(f"{parameter:>14} " + " ".join(f"{table.COLUMNS.get(key, key).split()[0]:>10}" for key in columns))
+        for row in rows:
+            best = " best" if row["value"] == finished.figures.get("best") else ""
+            print(f"{row['value']:>14g} " + " ".join(f"{row.get(key, math.nan):>10.4g}" for key in columns) + best)
 
 
 @app.command()
@@ -473,17 +597,20 @@ def train(
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda; by default what CONFIG says.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a learned method; the best weights so far are kept, and stopped training goes on when called again."""
+    """Train a learned method; the best weights so far are kept, and stopped training goes on when called again.
+
+    On several GPUs or machines: torchrun --nproc-per-node N -m napari_recon train CONFIG.toml -o WEIGHTS.
+    """
     with _told(as_json) as say:
         from napari_recon.jobs.memory import peak_memory, readable
-        from napari_recon.learning.training import checkpoint_path, read_config, stream_training
+        from napari_recon.learning.training import checkpoint_path, read_config, stops_anywhere, stream_training
 
         chosen = read_config(config)
         if device is not None:
             chosen = chosen.model_copy(update={"device": device})
-        first = os.environ.get("RANK", "0") == "0"  # under torchrun one process speaks
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"
         figures: dict[str, float] = {}
-        step, seconds, stage = 0, 0.0, ""
+        step, seconds, stage, asked = 0, 0.0, "", False
         with (
             _asked_to_stop() as stopped,
             contextlib.closing(stream_training(chosen, output, resume=not fresh)) as updates,
@@ -496,27 +623,29 @@ def train(
                 shown = [f"{name} {figures[name]:.4g}" for name in ("loss", "psnr") if name in figures]
                 bar(update.stage if update.stage != stage else None, ", ".join(shown), update.step / update.total)
                 stage = update.stage
-                if first and "psnr" in update.figures:
+                if "psnr" in update.figures:
                     _note(
                         f"step {step}: loss {figures['loss']:.4g}, PSNR {figures['psnr']:.2f} dB "
                         f"(start {figures['start_psnr']:.2f}, best {figures['best_psnr']:.2f})"
                     )
-                if stopped:  # between two steps, so that the checkpoint is whole
+                # Between two steps, so that the checkpoint is whole; of several processes none leaves the preparations,
+                # after which the others wait for it.
+                asked = stops_anywhere(bool(stopped)) if update.stage == "training" else alone and bool(stopped)
+                if asked:
                     break
-        if stopped:
+        if asked:
             kept = [str(path) for path in (output, checkpoint_path(output)) if path.exists()]
             _note(f"Stopped after step {step}; kept: {', '.join(kept) or 'nothing yet'}.")
             say({"output": str(output) if output.exists() else None, "steps": step, "stopped": True})
             raise typer.Exit(130)
-        if first:
-            peak = peak_memory()
-            if as_json:
-                say({"output": str(output), "steps": step, "seconds": seconds, "peak_memory": peak, "figures": figures})
-            else:
-                print(
-                    f"{output}: best PSNR {figures.get('best_psnr', math.nan):.2f} dB after {step} steps; "
-                    f"{seconds:.1f} s, at most {readable(peak)}"
-                )
+        peak = peak_memory()
+        if as_json:
+            say({"output": str(output), "steps": step, "seconds": seconds, "peak_memory": peak, "figures": figures})
+        elif _first():
+            print(
+                f"{output}: best PSNR {figures.get('best_psnr', math.nan):.2f} dB after {step} steps; "
+                f"{seconds:.1f} s, at most {readable(peak)}"
+            )
 
 
 @app.command()
@@ -548,6 +677,10 @@ def compare(
         typer.Option(help="Range of values of PSNR and SSIM; by default the reference's."),
     ] = None,
     ssim_3d: Annotated[bool, typer.Option("--ssim-3d", help="SSIM of neighbourhoods in 3D too.")] = False,
+    scan: Annotated[
+        Path | None,
+        typer.Option(metavar="SCAN", help="Project each volume: what it leaves of this scan, ||Ax - y||/||y||."),
+    ] = None,
     scale_fitted: Annotated[
         bool, typer.Option("--fit-scale", help="Fit scale and offset to the reference first, for units that differ.")
     ] = False,
@@ -563,6 +696,7 @@ def compare(
     on other grids are resampled onto that of the reference, or of the first.
     """
     with _told(as_json) as say:
+        from napari_recon.jobs.job import DataConsistencyJob
         from napari_recon.jobs.volumes import read_volume
         from napari_recon.measures import table
         from napari_recon.measures.comparison import (
@@ -575,6 +709,7 @@ def compare(
             reference_range,
         )
         from napari_recon.measures.resolution import fourier_shell_correlation
+        from napari_recon.scans import open_scan
         from napari_recon.scans.errors import ScanError
 
         paths = list(dict.fromkeys(volumes or []))
@@ -614,6 +749,7 @@ def compare(
         background = uniform[0] if len(uniform) > 1 else None
 
         rows: list[dict[str, Any]] = []
+        measured = None if scan is None else open_scan(scan)
         if reference is not None and data_range is None and paths:
             data_range = reference_range(base.data, view.mask)  # once for all volumes
         for path in paths:
@@ -626,6 +762,12 @@ def compare(
             residual = volume.provenance.get("figures", {}).get("residual")
             if isinstance(residual, float):
                 more["residual"] = residual
+            if measured is not None:
+                placed_as: dict[str, Any] = {} if measured.kind == "mri" else {"shape": volume.data.shape}
+                if volume.voxel_size is not None and placed_as:
+                    placed_as["voxel_size"] = volume.voxel_size
+                left = _run(DataConsistencyJob(scan=measured.path, volume=path, **placed_as)).figures
+                more |= {key: left[key] for key in ("residual", "residual_to_noise") if key in left}
             judged = {str(path): values} | ({} if reference is None else {"": base.data})  # which is no path's name
             found = table.table(
                 judged,
@@ -701,7 +843,12 @@ def bench(
         for chosen in names if name == "all" else [name]:
             # A benchmark prints its own table, which with --json would be in the way of the one object.
             with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-                results[chosen] = importlib.import_module(f"benchmarks.{chosen}").run()
+                try:
+                    results[chosen] = importlib.import_module(f"benchmarks.{chosen}").run()
+                except ScanError as error:
+                    if name != "all":
+                        raise
+                    print(f"{chosen}: {error}", file=sys.stderr)  # a GPU, say, is not everywhere
         if as_json:
             found = results.get(name)
             found = found if isinstance(found, dict) else {"rows": found}  # some have more to tell than rows
@@ -729,6 +876,31 @@ def _open(
     return open_scan(path, **changes)
 
 
+def _parameters(kind: str, method: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """A method and its parameters: those that were given, and what a kind of scan has others by default."""
+    from napari_recon.jobs.job import MRI_REGULARIZATION, SHIPPED_WEIGHTS, STARTS
+
+    parameters = {name: value for name, value in given.items() if value is not None}
+    mri, weights, start = kind == "mri", parameters.get("weights"), parameters.get("start")
+    method = method or ("padmm" if mri else "tv")
+    if weights is not None and method == "unrolled":
+        from napari_recon.learning.weights import find_weights, shipped_weights
+
+        found = find_weights(weights)  # a file is found again from anywhere
+        parameters["weights"] = weights if weights in shipped_weights() else str(found.absolute())
+    if start is not None and start not in STARTS and Path(start).expanduser().exists():
+        parameters["start"] = str(Path(start).expanduser().absolute())  # a file is found again from anywhere
+    if mri and method == "padmm":
+        parameters.setdefault("regularization", MRI_REGULARIZATION)
+    if mri and method == "unrolled":
+        parameters.setdefault("weights", SHIPPED_WEIGHTS["mri"])
+    if method == "unrolled" and "operator" in parameters:
+        parameters.setdefault("passes", 2)  # the first pass has no use for one
+    if parameters.get("patch") == 0:
+        parameters["patch"] = None
+    return {"method": method, **parameters}
+
+
 def _bits(asked: str | None) -> Literal[16, 32] | None:
     """What --bits says, as a number."""
     return None if asked is None else 16 if asked == "16" else 32
@@ -744,12 +916,14 @@ def _validated(kind: type[SomeJob], **fields: Any) -> SomeJob:
         return kind(**fields)
     except ValidationError as error:
         first = error.errors()[0]
-        name = next(part for part in reversed(first["loc"]) if isinstance(part, str))
+        name = next((part for part in reversed(first["loc"]) if isinstance(part, str)), "slices")
         option = "--" + name.replace("_", "-")
         if first["type"] == "extra_forbidden":
             raise ScanError(
                 f"{option} is no option of method {fields['parameters']['method']!r}: leave it out."
             ) from None
+        if first["type"] == "value_error":  # one of our own sentences
+            raise ScanError(f"{option}: {first['msg'].removeprefix('Value error, ')}.") from None
         problem = first["msg"][0].lower() + first["msg"][1:]
         raise ScanError(f"{option} {first['input']} will not do: {problem}.") from None
 
@@ -770,6 +944,10 @@ def _run(job: Job, volumes: dict[str, Any] | None = None) -> Finished:
                 named = {"residual": "residual", "held_out": "relative error"}
                 found = [f"{named[name]} {value:.3g}" for name, value in message.figures.items() if name in named]
                 bar(None, "".join(found[:1]), message.step / max(1, message.total))
+                if message.name == "slabs" and message.step % 100 == 0:
+                    some = message.box[0]
+                    of = f"Slab {message.step // 100} of {message.total // 100}"
+                    _note(f"{of} is finished: slices {some.start} to {some.stop - 1}.")
             elif isinstance(message, Notice):
                 _note(message.text)
             elif isinstance(message, Finished):
@@ -787,6 +965,8 @@ def _report(
     finished: Finished, as_json: bool, say: Callable[[dict[str, Any]], None], more: dict[str, Any] | None = None
 ) -> None:
     """What a job made and measured: on a line, or with ``more`` as one JSON object."""
+    if not _first():
+        return
     if as_json:
         say(
             {
@@ -815,12 +995,12 @@ def _told(as_json: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it comments on damaged files, and we say it ourselves
 
     def say(result: dict[str, Any]) -> None:
-        if as_json:
+        if as_json and _first():
             print(json.dumps(_plain(result)))
 
     def leave(sentence: str, status: int) -> NoReturn:
         say({"error": sentence})
-        _note(sentence)
+        print(sentence if _first() else f"Process {os.environ['RANK']}: {sentence}", file=sys.stderr)
         raise typer.Exit(status)
 
     from napari_recon.scans.errors import ScanError
@@ -833,8 +1013,8 @@ def _told(as_json: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
         if error.args[1]:
             _note(error.args[1])
         leave(error.args[0], 1)
-    except KeyboardInterrupt:
-        leave("Interrupted; nothing was written.", 130)
+    except KeyboardInterrupt as interrupt:
+        leave(str(interrupt) or "Interrupted; nothing was written.", 130)
 
 
 def _plain(value: Any) -> Any:
@@ -852,11 +1032,14 @@ def _plain(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _asked_to_stop() -> Iterator[list[int]]:
-    """Interrupts as a list that they are added to, for what ends by itself; the second one interrupts at once."""
+    """Interrupts as a list that they are added to, for what ends by itself; the second one interrupts at once.
+
+    Not under torchrun: a queue may signal it and its processes, and it hands on what it hears.
+    """
     asked: list[int] = []
 
     def hear(number: int, frame: Any) -> None:
-        if asked:
+        if asked and "LOCAL_RANK" not in os.environ:
             raise KeyboardInterrupt
         asked.append(number)
 
@@ -868,14 +1051,20 @@ def _asked_to_stop() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def _first() -> bool:
+    """Whether this is the process that speaks: the only one, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _note(text: str) -> None:
-    print(text, file=sys.stderr)
+    if _first():
+        print(text, file=sys.stderr)
 
 
 @contextlib.contextmanager
 def _bar() -> Iterator[Callable[[str | None, str, float | None], None]]:
     """A progress bar on standard error where that is a terminal: called with (stage, detail, fraction)."""
-    if not sys.stderr.isatty():
+    if not (sys.stderr.isatty() and _first()):
         yield lambda stage, detail, fraction: None
         return
     from rich.console import Console
@@ -906,6 +1095,9 @@ def main() -> None:
     from napari_recon.jobs.job import quiet_threads
 
     quiet_threads(os.environ)
+    # torchrun shares out torch's threads, not numba's.
+    if (fellows := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > 1:
+        os.environ.setdefault("NUMBA_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // fellows)))
     app()
 
 

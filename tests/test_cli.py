@@ -42,7 +42,7 @@ def reconstruct(scan, output, *more, **kwargs):
 
 def test_help_names_every_command_and_stays_light():
     help_text = call("--help")
-    for command in ("demo", "info", "reconstruct", "fit-operator", "simulate", "compare", "bench"):
+    for command in ("demo", "info", "reconstruct", "sweep", "fit-operator", "simulate", "compare", "bench"):
         assert command in help_text
         assert "--json" in call(command, "--help")
     code = (
@@ -52,7 +52,7 @@ def test_help_names_every_command_and_stays_light():
 
 
 def test_it_runs_as_a_module():
-    ran = subprocess.run([sys.executable, "-m", "napari_recon.cli", "--help"], capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, "-m", "napari_recon", "--help"], capture_output=True, text=True)
     assert ran.returncode == 0
     assert "reconstruct" in ran.stdout
 
@@ -110,6 +110,22 @@ def test_a_fitted_operator_is_used_and_refused_for_another_scan(scan, tmp_path):
     assert not (tmp_path / "w.tif").exists()
 
 
+def test_sweep_tells_a_row_a_value(scan, tmp_path):
+    asked = ("sweep", scan, "--parameter", "iterations", "--values", "1,4", "--method", "sirt", "--device", "cpu")
+    told = call(*asked, "--csv", tmp_path / "rows.csv", "--json")
+    assert [row["value"] for row in told["rows"]] == [1, 4]
+    assert told["rows"][0]["residual"] > told["rows"][1]["residual"]
+    assert told["best"] == max(told["rows"], key=lambda row: row["psnr"])["value"]
+    assert told["job"]["binning"] == 2
+    assert (tmp_path / "rows.csv").read_text().splitlines()[1].startswith("iterations 1,")
+    table = call(*asked, "--slices", 8, 12)
+    assert "Residual" in table
+    assert "best" in table
+    for wrong, said in (("1,a", "no numbers"), ("1,1.5", "1.5 is no iterations"), ("1", "at least 2")):
+        refused = call("sweep", scan, "--parameter", "iterations", "--values", wrong, "--json", status=2)
+        assert said in refused["error"]
+
+
 def test_k_space_is_simulated_and_reconstructed(tmp_path):
     folder, out = tmp_path / "head", tmp_path / "head.tif"
     made = call("simulate", "mri-head", "-o", folder, "--size", 16, "--coils", 4, "--acceleration", 2, "--json")
@@ -128,9 +144,15 @@ def test_k_space_is_simulated_and_reconstructed(tmp_path):
 def test_simulate_then_compare(tmp_path):
     folder = tmp_path / "nut"
     assert call("simulate", "walnut", "-o", folder, "--size", 16, "--views", 8, "--photons", 0, "--json")["seconds"] > 0
-    for method in ("fdk", "sirt"):
-        reconstruct(folder, tmp_path / f"{method}.tif", "--method", method)
+    own = [
+        reconstruct(folder, tmp_path / f"{method}.tif", "--method", method)["figures"]["residual"]
+        for method in ("fdk", "sirt")
+    ]
     volumes = [tmp_path / "fdk.tif", tmp_path / "sirt.tif"]
+    told = call("compare", *volumes, folder / "truth.tif", "--scan", folder, "--json")
+    *residuals, of_truth = [row["residual"] for row in told["volumes"]]
+    assert residuals == pytest.approx(own, rel=1e-4)
+    assert of_truth < residuals[0]
     told = call("compare", *volumes, "--reference", folder / "truth.tif", "--json")
     fdk, sirt = told["volumes"]
     assert sirt["psnr"] > fdk["psnr"]

@@ -58,6 +58,26 @@ def test_a_value_makes_what_its_own_job_makes(scan):
     assert plan_memory(job).items["projections"] == plan_memory(job.part(24, grid)).items["projections"]
 
 
+@pytest.mark.parametrize(("binning", "coarse"), [(1, (7, 12)), (2, (3, 6))])
+def test_some_slices_are_what_their_own_jobs_make_of_them(scan, binning, coarse):
+    """Slices that a coarser grid cuts through are in it whole."""
+    grid = open_scan(scan).default_grid()
+    values = {"parameter": "iterations", "values": (1, 3), "slices": (7, 12), "binning": binning}
+    job = SweepJob(
+        scan=scan, parameters=SIRTParameters(), shape=grid.shape, voxel_size=grid.voxel_size, device="cpu", **values
+    )
+    messages, volumes = run(job)
+    whole = job.coarse_grid(open_scan(scan))
+    assert job.part(3, whole).slices == coarse
+    _, alone = run(job.part(3, whole))
+    np.testing.assert_array_equal(volumes["iterations 3"], alone["result"])
+    ready = next(m for m in messages if isinstance(m, VolumeReady))
+    first, stop = coarse
+    assert ready.shape[0] == stop - first
+    assert ready.translate[0] == pytest.approx(whole.translate[0] + first * whole.scale[0])
+    assert "psnr" in messages[-1].provenance["sweep"]["rows"][0]
+
+
 def test_results_are_compared_with_a_reference_on_their_grid(scan, tmp_path):
     grid = open_scan(scan).default_grid()
     rng = np.random.default_rng(0)
@@ -93,6 +113,8 @@ def test_what_cannot_be_swept_is_said(scan):
         {"values": (0, 2)},
         {"parameter": "rho", "values": (1, 2)},
         {"parameter": "views", "values": (0, 2)},
+        {"values": (1, 2), "slices": (0, 4)},
+        {"values": (1, 2), "slices": (4, 40), "shape": (20, 20, 20), "voxel_size": 1.0},
     ):
         with pytest.raises(ValidationError):
             SweepJob(scan=scan, parameters=SIRTParameters(), **wrong)

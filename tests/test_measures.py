@@ -28,7 +28,12 @@ from napari_recon.measures.comparison import (
     value_range,
 )
 from napari_recon.measures.local import contrast_to_noise, cupping, histogram, line_profile, moments
-from napari_recon.measures.resolution import fourier_shell_correlation, noise_power_spectrum, noise_summary
+from napari_recon.measures.resolution import (
+    AGAINST_REFERENCE,
+    fourier_shell_correlation,
+    noise_power_spectrum,
+    noise_summary,
+)
 from napari_recon.measures.table import table, write_csv, write_figure
 from napari_recon.scans import Grid, ScanError
 
@@ -198,6 +203,19 @@ def test_the_shell_correlation_is_that_of_the_formula(sigma, masked):
     fine = np.linspace(found.frequency[0], found.frequency[-1], 2000)
     under = fine[expected(fine * VOXEL) < np.interp(fine, found.frequency, found.half_bit)]
     assert 1 / found.resolution_half_bit == pytest.approx(under[under > 4 * shell][0], abs=shell)
+
+
+def test_a_volume_with_the_noise_of_both_halves_reaches_one_half_where_they_reach_one_seventh():
+    rng = np.random.default_rng(3)
+    truth = gaussian_filter(rng.normal(size=(40,) * 3), 1.2, mode="wrap")
+    noise = [rng.normal(0, 0.05, truth.shape) for _ in range(2)]
+    halves = [(truth + one).astype(np.float32) for one in noise]
+    both = fourier_shell_correlation(*halves, VOXEL)
+    mean = fourier_shell_correlation((halves[0] + halves[1]) / 2, truth.astype(np.float32), VOXEL)
+    shell = both.frequency[1] - both.frequency[0]
+    assert 1 / mean.resolution(AGAINST_REFERENCE) == pytest.approx(1 / both.resolution_one_seventh, abs=shell)
+    assert both.resolution(1 / 7) == both.resolution_one_seventh
+    assert math.isnan(both.resolution(-1.0))
 
 
 def test_a_resolution_that_is_not_there_is_said():

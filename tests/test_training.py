@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import subprocess
 import sys
 
@@ -438,7 +437,8 @@ def test_volumes_of_ones_own_are_trained_on(tmp_path):
         list(stream_training(chosen, tmp_path / "w.safetensors"))
 
 
-# -- the command and several processes -----------------------------------------------------------------------------
+# -- the command -------------------------------------------------------------------------------------------------
+# -- the command ---------------------------------------------------------------------------------------------------
 
 
 def test_the_command_trains(tmp_path):
@@ -455,17 +455,3 @@ def test_the_command_trains(tmp_path):
     result = CliRunner().invoke(app, ["train", str(file), "-o", str(output)])
     assert result.exit_code == 2
     assert len(result.stderr.strip().splitlines()) == 1
-
-
-@pytest.mark.slow
-def test_two_processes_train_one_network(tmp_path):
-    file, output = tmp_path / "config.toml", tmp_path / "w.safetensors"
-    file.write_text(as_toml(TABLES))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "napari_recon.cli", "train", str(file), "-o", str(output), "--json"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["steps"] == 6  # the first process alone speaks
-    assert load_weights(output).figures["psnr"] > 0

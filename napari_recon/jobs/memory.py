@@ -9,7 +9,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +42,10 @@ _BATCH = 64 * 2**20
 _CUDA_LIBRARIES = 2 * 2**30
 _ESPIRIT = 200 * 2**20
 """What estimating coil maps takes on its coarse grid, for eight coils."""
-_CONVOLUTIONS = 96 * 2**20
+_CONVOLUTIONS = 64 * 2**20
 """Compiled convolutions and their scratch, whatever the patch."""
+_QUICK_FIT = 15
+"""What a job's own fit of H takes, in padded volumes: one kernel and four probes."""
 _ITERATES = 2**30
 """What the kept iterates of a run may take."""
 _FEWER = "train on fewer or smaller volumes, or with a smaller patch, batch or network"
@@ -109,22 +111,43 @@ def plan_memory(job: Job, scan: Scan | KSpaceScan | None = None) -> MemoryPlan:
         what = f"A volume of {' x '.join(map(str, grid.shape))} voxels from k-space of {scan.coils} coils"
         return _plan(job, items, on_gpu, what, lambda *_: "compress to fewer coils")
     other: dict[str, int] = {}
+    asked = job
+    if isinstance(job, ReconstructionJob) and isinstance(job.slab, int):  # one after the other: the one in the middle
+        first = max(0, (grid.shape[0] - job.slab) // 2)
+        some = first, min(first + job.slab, grid.shape[0])
+        job = job.model_copy(update={"slices": some, "slab": None})
     if isinstance(job, ResolutionJob):  # one half after the other, the first one's result being kept
         job, scan = job.half("even", grid), scan.with_options(half="even")
         other = {"other half": grid.voxels * _FLOAT}
     elif isinstance(job, SweepJob):  # one value after the other, all results being kept
         grid = job.coarse_grid(scan)
-        other = {"other results": (len(job.values) - 1) * grid.voxels * _FLOAT}
+        first, stop = job.coarse_slices(grid) or (0, grid.shape[0])
+        shown = grid.voxels * (stop - first) // grid.shape[0]
+        other = {"other results": (len(job.values) - 1) * shown * _FLOAT}
         job = job.part(max(job.values), grid)  # views and patches take the more the larger
         assert isinstance(job.options, ScanOptions)
         scan = scan.with_options(views=job.options.views, binning=job.options.binning)
     geometry = scan.geometry
+    if isinstance(job, ReconstructionJob) and (slab := job.part_of(geometry, grid)) is not None:
+        other |= {"slices": 2 * slab.core_grid(grid).voxels * _FLOAT}  # shown of what is reconstructed
+        geometry, grid = geometry.with_rows(slab.rows), slab.grid(grid)
     items = _items(job, geometry, grid, on_gpu) | other
     padmm = isinstance(job, ReconstructionJob) and job.parameters.method == "padmm"
     if padmm and not on_gpu and short_of(sum(items.values())):
         items = _items(job, geometry, grid, on_gpu, padmm_files=True) | other
     what = f"A volume of {' x '.join(map(str, grid.shape))} voxels from {geometry.views} projections"
-    return _plan(job, items, on_gpu, what, lambda needed, free: _remedy(job, geometry, grid, items, needed, free))
+    plan = _plan(job, items, on_gpu, what, lambda needed, free: _remedy(job, geometry, grid, items, needed, free))
+    if plan.fits or not isinstance(asked, ReconstructionJob) or asked.slab != "auto" or asked.slices is not None:
+        return plan
+    if not asked.into_zarr:
+        return replace(plan, sentence=f"{plan.sentence[:-1]}; or write an .ome.zarr, which is done in slabs.")
+    short = plan.device_bytes if plan.host_bytes <= _FULL * available_memory() else plan.host_bytes
+    where = "memory" if short == plan.host_bytes else "GPU memory"
+    sentence = (
+        f"The whole volume takes about {readable(short)} of {where} and {readable(plan.available_bytes)} are free, so "
+        "it is reconstructed in slabs, one after the other."
+    )
+    return replace(plan, fits=True, sentence=sentence)
 
 
 def _plan(job: Job, items: dict[str, int], on_gpu: bool, what: str, remedy: Callable[[int, int], str]) -> MemoryPlan:
@@ -164,12 +187,14 @@ def _items(job: ScanJob, geometry: Geometry, grid: Grid, on_gpu: bool, padmm_fil
     else:  # coil maps, which projections have none of
         shown, kept, steps = 0, {}, {}
     stay = {"projections": projections, "start": volume, **kept}
-    steps["filtering and back projection"] = volume + 4 * min(projections, _BATCH)
+    steps["filtering and back projection"] = 2 * min(projections, _BATCH)
+    reading = 3 * min(projections, _BATCH)
+    if not on_gpu:  # before there is any volume
+        steps["reading"] = max(0, reading - volume - shown)
     fullest = max(steps, key=lambda name: steps[name])
     at_work = {**stay, fullest: steps[fullest]}
-    reading = 3 * min(projections, _BATCH)
     if not on_gpu:
-        return {"shown volumes": shown, "reading": reading, **at_work}
+        return {"shown volumes": shown, **at_work}
     return {
         "libraries": _CUDA_LIBRARIES,
         "shown volumes": shown,
@@ -190,7 +215,7 @@ def _mri_items(job: ScanJob, scan: KSpaceScan, on_gpu: bool) -> dict[str, int]:
         if job.parameters.method == "sense":
             steps["iteration"] = 8 * volume
         elif isinstance(job.parameters, PADMMParameters):
-            steps["iteration"] = round(1.2 * padmm_bytes(grid, 0)) * 2 + samples
+            steps["iteration"] = round(1.7 * padmm_bytes(grid, 0)) * 2 + samples
             if (weights := job.parameters.start_weights("mri")) is not None:
                 header = read_header(find_weights(weights))
                 network = _CONVOLUTIONS + 2 * header.path.stat().st_size
@@ -255,50 +280,67 @@ def _reconstruction_needs(
 ) -> Needs:
     parameters = job.parameters
     stay: dict[str, int] = {}
-    steps = {"measuring": round(2.5 * volume) + projections // 4}
+    steps = {"measuring": round(1.6 * volume + 0.8 * projections)}
     if parameters.method == "sirt":
-        steps["iteration"] = 8 * volume + 4 * projections
+        steps["iteration"] = 4 * volume + 3 * projections + min(projections, _BATCH // 4)
     elif parameters.method == "tv" and parameters.patch is None:
-        steps["iteration"] = 22 * volume + 5 * projections
+        steps["iteration"] = _tv_bytes(volume, projections)
     elif parameters.method == "tv" and parameters.patch is not None:
         patch = math.prod(min(parameters.patch, n) for n in grid.shape) * _FLOAT
-        steps["patches"] = 13 * volume + 2 * projections + 30 * patch
+        steps["global steps"] = round(6.5 * volume) + 2 * projections
+        steps["patches"] = 3 * volume + projections + 30 * patch
         if parameters.operator != "exact":
             stay["normal operator"] = _padded(grid) // 2 + volume
-            steps["patches"] += 8 * 8 * patch  # spectra of twice the patch
+            steps["patches"] += 5 * 8 * patch  # spectra of twice the patch
             if parameters.operator == "fit":
-                steps[_FITTING] = _fit_bytes(grid, terms=1, probes=4) + 2 * projections
+                steps[_FITTING] = _QUICK_FIT * _padded(grid) + 2 * projections
     elif isinstance(parameters, PADMMParameters):
         spectra = parameters.preconditioner in ("circulant", "operator")
         iteration = padmm_bytes(grid, projections, spectra, padmm_files)
         steps["iteration"] = iteration + (projections if parameters.weighted else 0)
         if parameters.preconditioner == "operator":
             stay["normal operator"] = _padded(grid) // 2 + volume
-            steps[_FITTING] = _fit_bytes(grid, terms=1, probes=4) + 2 * projections
+            steps[_FITTING] = _QUICK_FIT * _padded(grid) + 2 * projections
         if parameters.start not in ("fdk", "zeros"):
             stay["another start"] = volume
         if (weights := parameters.start_weights()) is not None:
             header = read_header(find_weights(weights))
-            steps["start"] = 10 * volume + 12 * projections + network_bytes(header.model) * min(64**3, grid.voxels)
+            network = _CONVOLUTIONS + network_bytes(header.model) * min(64**3, grid.voxels)
+            steps["start"] = max(_tv_bytes(volume, projections), 3 * volume + network)
     elif isinstance(parameters, UnrolledParameters):
         header = read_header(find_weights(parameters.weights))
         edge = parameters.patch or max(grid.shape)
         patch = math.prod(min(edge, n) for n in grid.shape)
         stay["network"] = _CONVOLUTIONS + 2 * header.path.stat().st_size
-        steps["patches"] = 6 * volume + 3 * projections + network_bytes(header.model) * patch
+        steps["patches"] = 3 * volume + network_bytes(header.model) * patch
+        if header.model.get("init") in ("tv", "least-squares"):
+            steps["total variation"] = _tv_bytes(volume, projections)
         if header.model["method"] == "unrolled":
-            steps["data step"] = 10 * volume + 12 * projections  # which the ramp filter pads
+            steps["data step"] = 6 * volume + _batch_bytes(volume, projections)
+            if parameters.passes > 1:
+                steps["patches"] += volume
             if parameters.passes > 1 and parameters.operator != "exact":
                 stay["normal operator"] = _padded(grid) // 2 + volume
-                steps["patches"] += 8 * 8 * patch * _FLOAT
+                steps["patches"] += 5 * 8 * patch * _FLOAT
                 if parameters.operator == "fit":
-                    steps[_FITTING] = _fit_bytes(grid, terms=1, probes=4) + 12 * projections
+                    steps[_FITTING] = _QUICK_FIT * _padded(grid) + _batch_bytes(volume, projections)
     shown = 1 if parameters.method == "fdk" else 2
     if isinstance(parameters, PADMMParameters):
         shown += parameters.start_is_computed
         if parameters.keep_iterates:
             shown += kept_iterates(parameters.iterations, grid.voxels)
     return volume * shown, stay, steps
+
+
+def _batch_bytes(volume: int, projections: int) -> int:
+    """What a gradient takes of projections, a batch of views at a time: the batch, what was measured, and ray sums."""
+    batch = min(projections, max(_BATCH, volume // 2))
+    return 2 * batch + min(projections, _BATCH // 4)
+
+
+def _tv_bytes(volume: int, projections: int) -> int:
+    """Of total variation over the whole volume: in its proximal operator, or where the gradient is taken."""
+    return max(10 * volume, 8 * volume + _batch_bytes(volume, projections))
 
 
 def kept_iterates(iterations: int, voxels: int) -> int:
@@ -317,9 +359,8 @@ def network_bytes(model: dict[str, Any]) -> int:
     network = model.get("network", {})
     name, options = network.get("name", "light"), network.get("options", {})
     if name == "light":
-        features = options.get("width", 24)
-    else:
-        features = (options.get("channels_per_scale") or options.get("nc") or [64])[0]
+        return 4 * _FLOAT * int(options.get("width", 24))
+    features = (options.get("channels_per_scale") or options.get("nc") or [64])[0]
     return 8 * _FLOAT * int(features) + 200
 
 
@@ -363,8 +404,8 @@ def padmm_bytes(grid: Grid, projections: int, spectra: bool = True, files: bool 
     files
         Whether the split variables are in files.
     """
-    volumes = (15 if spectra else 16) if files else (24 if spectra else 21)
-    return (volumes * grid.voxels + 16 * min(grid.voxels, 2**18)) * _FLOAT + 4 * projections
+    volumes = (10 if spectra else 16) if files else (17 if spectra else 21)
+    return (volumes * grid.voxels + 24 * min(grid.voxels, 2**18)) * _FLOAT + 4 * projections
 
 
 def short_of(needed: int) -> bool:

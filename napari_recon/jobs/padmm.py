@@ -108,7 +108,14 @@ class PADMMRun(ReconstructionRun):
             adaptive=parameters.adaptive,
             scratch=scratch,
         )
-        return method.stream(self.y, self.physics, init=start, operator=self._fitted, settings=self._take_settings)
+        return method.stream(
+            self.y,
+            self.physics,
+            init=start,
+            operator=self._fitted,
+            settings=self._take_settings,
+            unit=self.prepared.things.get("unit"),
+        )
 
     def _between(self, step: int) -> Iterator[Message]:
         if self._now.keep_iterates:
@@ -117,16 +124,14 @@ class PADMMRun(ReconstructionRun):
 
     def _keep(self, step: int) -> Iterator[Message]:
         """Keep the volume of a step as "iterates"[step / every]; where they are full, every second one makes room."""
-        shape, control = self.grid.shape, self.control
+        grid, control = self.shown_grid, self.control
         if "iterates" not in control.volumes:
-            count = kept_iterates(self._now.iterations, self.grid.voxels)
-            kept = control.allocate("iterates", (count, *shape))
+            count = kept_iterates(self._now.iterations, grid.voxels)
+            kept = control.allocate("iterates", (count, *grid.shape))
             handle = control.handles.get("iterates", "")
-            translate = (0.0, *self.grid.translate)
+            translate = (0.0, *grid.translate)
             labels = ("iteration", "z", "y", "x")
-            yield VolumeReady(
-                "iterates", kept.shape, (1.0, *self.grid.scale), translate, handle=handle, axis_labels=labels
-            )
+            yield VolumeReady("iterates", kept.shape, (1.0, *grid.scale), translate, handle=handle, axis_labels=labels)
         kept = control.volumes["iterates"]
         first, full = step // self._every, step // self._every >= len(kept)
         if step % (self._every * (2 if full else 1)):
@@ -137,7 +142,7 @@ class PADMMRun(ReconstructionRun):
             self._every, first = 2 * self._every, 0
         place = step // self._every
         kept[place] = control.volumes["result"]
-        box = (slice(first, place + 1), *self.grid.full_box)
+        box = (slice(first, place + 1), *grid.full_box)
         yield Progress("iterates", step, self._now.iterations, box, None, 0.0, None)
 
     # -- while it runs ---------------------------------------------------------------------------------------------
@@ -252,7 +257,7 @@ class PADMMRun(ReconstructionRun):
         if weights is None:
             from napari_recon.reconstruction.tv import PreconditionedTV
 
-            return PreconditionedTV.of("tv").stream(self.y, self.physics)
+            return PreconditionedTV.of("tv").stream(self.y, self.physics, reference=self.reference)
         from napari_recon.learning.networks import load_weights
 
         self.expect_kind(read_header(weights), str(weights))

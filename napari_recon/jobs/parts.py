@@ -49,7 +49,7 @@ def run_part(
     parameters = job.parameters
     # What FDK makes is the result itself.
     result = parameters.method if isinstance(parameters, FDKParameters | ZeroFilledParameters) else "result"
-    part = _PartControl(control, result, name)
+    part = PartControl(control, result, name)
     kind = PADMMRun if isinstance(parameters, PADMMParameters) else ReconstructionRun
     run = kind(job, part, Prepared() if prepared is None else prepared)
     finished: Finished | None = None
@@ -70,10 +70,20 @@ def run_part(
     return finished
 
 
-class _PartControl(Control):
-    """The control of a part: steered by that of the whole job, and with volumes of its own beside the result."""
+class PartControl(Control):
+    """The control of a part: steered by that of the whole job, and with volumes of its own beside the result.
 
-    def __init__(self, whole: Control, result: str, name: str) -> None:
+    Parameters
+    ----------
+    whole
+        Of the whole job.
+    result
+        The volume that lies among the whole job's; None where all are the part's own.
+    name
+        What that is called there.
+    """
+
+    def __init__(self, whole: Control, result: str | None = None, name: str = "") -> None:
         super().__init__()
         self._whole, self._result, self._name = whole, result, name
         self._running, self._finish, self._cancel = whole._running, whole._finish, whole._cancel

@@ -53,7 +53,8 @@ def command_line(job: Job) -> str:
         said += ["--method", parameters.method]
         said += _flags(parameters, skip=("method", "keep_iterates"), always=always)  # iterates are the viewer's
         said += _flags(job.options, _SCAN)
-        said += _flags(job, skip=("scan", "options", "parameters", "output"))
+        said += _flags(job, skip=("scan", "options", "parameters", "output", "slab"))
+        said += [] if job.slab == "auto" else ["--slab", str(job.slab or "none")]
     elif isinstance(job, OperatorJob) and job.operator == "fit":
         output = str(job.output.absolute()) if job.output is not None else f"{job.scan.stem or 'scan'}.safetensors"
         said = ["fit-operator", str(job.scan.absolute()), "--output", output]

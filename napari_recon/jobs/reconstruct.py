@@ -64,6 +64,25 @@ class ReconstructionRun(Run[ReconstructionJob]):
     def messages(self) -> Iterator[Message]:
         """All stages; see the module."""
         job, control = self.job, self.control
+        yield from self.reconstruction()
+        yield from self._measure()
+        self.prepared.things["last"] = self._values("result")  # a start for the next job
+        made_by, seconds = self.made_by()
+        output = None
+        if job.output is not None:
+            from napari_recon.jobs.volumes import write_volume
+
+            yield Stage("writing", str(job.output))
+            control.checkpoint()
+            data = control.volumes["result"], self.shown_grid, made_by, lambda: control.cancelled
+            if write_volume(job.output, *data, job.bits) is None:
+                raise JobCancelled
+            output = str(job.output)
+        yield Finished(self.figures, seconds, peak_memory(), output, self.complete, made_by)
+
+    def reconstruction(self) -> Iterator[Message]:
+        """The stages up to the volume "result", which is neither measured nor written."""
+        job, control = self.job, self.control
         parameters = job.parameters
         yield from self.read()
         control.checkpoint()
@@ -71,8 +90,8 @@ class ReconstructionRun(Run[ReconstructionJob]):
             training, scan = self.header.training, self.scan
             if scan.kind == "mri":
                 unlike = outside_training_of_mri(training, scan.acceleration, self.grid.shape)
-            else:
-                unlike = outside_training(training, scan.geometry, self.grid)
+            else:  # of the whole, of which slices may be asked for
+                unlike = outside_training(training, scan.geometry, scan.default_grid(job.shape, job.voxel_size))
             for sentence in unlike:
                 yield Notice(sentence)
         # FDK is always computed and shown: it is what to beat, and where the methods start.
@@ -85,20 +104,6 @@ class ReconstructionRun(Run[ReconstructionJob]):
             control.volumes["result"] = control.volumes[self.baseline]
         else:
             yield from self._reconstruct()
-        yield from self._measure()
-        self.prepared.things["last"] = self._values("result")  # a start for the next job
-        made_by, seconds = self.made_by()
-        output = None
-        if job.output is not None:
-            from napari_recon.jobs.volumes import write_volume
-
-            yield Stage("writing", str(job.output))
-            control.checkpoint()
-            data = control.volumes["result"], self.grid, made_by, lambda: control.cancelled
-            if write_volume(job.output, *data, job.bits) is None:
-                raise JobCancelled
-            output = str(job.output)
-        yield Finished(self.figures, seconds, peak_memory(), output, self.complete, made_by)
 
     def check(self) -> None:
         """The output must be one that can be written, and weights must be there."""
@@ -152,7 +157,16 @@ class ReconstructionRun(Run[ReconstructionJob]):
 
             assert isinstance(parameters, SIRTParameters)
             method = SIRT(iterations=parameters.iterations, nonnegative=parameters.nonnegative)
-        return lambda _: method.stream(self.y, self.physics, init=self.start)
+        reference = self.start if self.reference is None else self.reference
+        return lambda _: method.stream(self.y, self.physics, init=self.start, reference=reference)
+
+    @property
+    def reference(self) -> torch.Tensor | None:
+        """Of a part, something as bright as the whole of which it is one: the unit of regularisation."""
+        import torch
+
+        unit = self.prepared.things.get("unit")
+        return None if unit is None else torch.full((1, 1, 1, 1, 1), unit, device=self.y.device)
 
     def _partitioned(
         self, parameters: TVParameters
@@ -166,16 +180,17 @@ class ReconstructionRun(Run[ReconstructionJob]):
         size, physics, device = (1, *self.grid.shape), self.physics, self.y.device
         wrapped = DiagCirculantWrapper(physics=physics, img_size=size, scaling=1.0, device=device)
         iterations = math.ceil(parameters.iterations / parameters.passes)
+        reference = self.start if self.reference is None else self.reference
 
         def updates(patch: int | None) -> Iterator[Update]:
             import torch
 
             assert patch is not None
-            start, so_far = self.start, self.control.volumes.get("result")
-            if so_far is not None:  # memory ran out amid it
-                start = torch.from_numpy(so_far.copy())[None, None].to(device)
+            start = self.start
+            if "result" in self.control.volumes:  # memory ran out amid it
+                start = torch.from_numpy(self.volume("result").copy())[None, None].to(device)
             method = PartitionedReconstructor(
-                base_reconstructor=tv_patch_solver(physics, self.start, iterations, parameters.regularization),
+                base_reconstructor=tv_patch_solver(physics, reference, iterations, parameters.regularization),
                 img_size=size,
                 patch_size=patch,
                 passes=parameters.passes,
@@ -196,13 +211,17 @@ class ReconstructionRun(Run[ReconstructionJob]):
     ) -> Generator[Message, None, Callable[[int | None], Iterator[Update]]]:
         """An unrolled network, or one after FDK: the weights tell."""
         from napari_recon.learning.networks import load_weights
-        from napari_recon.reconstruction.unrolled import UnrolledPGD
+        from napari_recon.reconstruction.tv import PreconditionedTV
+        from napari_recon.reconstruction.unrolled import QUICK_STARTS, UnrolledPGD, computes_in_bfloat16
 
         header, device = self.header, self.y.device
         assert header is not None
         model = load_weights(header.path, device).model
         self.expect_kind(header, parameters.weights)
         self.used["weights"] = {"name": parameters.weights, "sha256": header.digest(), "card": header.card}
+        auto = parameters.precision == "auto" and computes_in_bfloat16(device)
+        model.mixed_precision = auto or parameters.precision == "bfloat16"
+        self.used["precision"] = "bfloat16" if model.mixed_precision else "float32"
         options: dict[str, Any] = {}
         if isinstance(model, UnrolledPGD):
             if parameters.iterations is not None:
@@ -220,6 +239,11 @@ class ReconstructionRun(Run[ReconstructionJob]):
         stepped = self.prepared.things.get("physics of ramp steps")
         if stepped is not None:  # nor this, where H was fitted to it
             options["ramp"] = stepped
+        if "unit" in self.prepared.things:  # a part of what the networks are to see as one
+            model.brightness = self.prepared.things["unit"]
+            if isinstance(model.init, str) and model.init in QUICK_STARTS:
+                start = PreconditionedTV.of(model.init)
+                options["init"] = lambda y, physics: start(y, physics, ramp=stepped, reference=self.reference)
 
         def updates(patch: int | None) -> Iterator[Update]:
             # As whole as can be where no patches are asked for: the second pass goes by patches, if by one.
@@ -234,7 +258,11 @@ class ReconstructionRun(Run[ReconstructionJob]):
         """Where patches are wanted first; noted where it is not the middle: what overlaps is added in another order."""
         point = self.control.point
         middle = tuple((n - 1) / 2 for n in self.grid.shape)
-        if point is None or np.allclose(point, middle, atol=1e-3):
+        if point is None:
+            return None
+        if self.slab is not None:  # the person sees the slices that were asked for
+            point = (point[0] + self.slab.inside.start, *point[1:])
+        if np.allclose(point, middle, atol=1e-3):
             return None
         self.used["steered"] = True
         return point
@@ -317,7 +345,8 @@ class ReconstructionRun(Run[ReconstructionJob]):
         if not np.isfinite(volume).all():
             yield Notice("The result holds NaN or infinity: choose fewer iterations or more regularisation.")
             return
-        if "residual" not in self.figures or not self.complete:
+        part = self.slab is not None and isinstance(self.job.parameters, FDKParameters)  # of what the rays meet
+        if ("residual" not in self.figures or not self.complete) and not part:
             self.figures["residual"] = self._residual()
         if self.scan.truth is not None:
             from napari_recon.jobs.volumes import read_volume
@@ -325,9 +354,9 @@ class ReconstructionRun(Run[ReconstructionJob]):
 
             control.checkpoint()
             try:
-                truth = on_grid(read_volume(self.scan.truth), self.grid)
+                truth = on_grid(read_volume(self.scan.truth), self.shown_grid)
                 seen = math.inf if self.scan.kind == "mri" else self.scan.geometry.field_of_view_radius
-                inside = field_of_view(self.grid, seen)
+                inside = field_of_view(self.shown_grid, seen)
                 self.figures |= compare_volumes(volume, truth, inside)
             except ScanError as error:  # the job is done; only its figure is not to be had
                 yield Notice(str(error))
@@ -338,7 +367,8 @@ class ReconstructionRun(Run[ReconstructionJob]):
         volumes = self.control.volumes
         for more in ("", " phase"):
             if self.baseline + more in volumes:
-                self.control.allocate("result" + more, self.grid.shape)[...] = volumes[self.baseline + more]
+                self.allocate("result" + more)[...] = self.volume(self.baseline + more)
+                self._hand_over("result" + more)
                 yield self.ready("result" + more)
         if self.baseline in self.complex_volumes:
             self.complex_volumes["result"] = self.complex_volumes[self.baseline]
@@ -349,14 +379,14 @@ class ReconstructionRun(Run[ReconstructionJob]):
 
         if self.scan.kind == "mri":
             return self.complex_volumes[name if name in self.complex_volumes else self.baseline]
-        return torch.from_numpy(self.control.volumes[name])[None, None]
+        return torch.from_numpy(self.volume(name))[None, None]
 
     def _residual(self) -> float:
         if self.scan.kind == "mri":
             from napari_recon.reconstruction.start import data_residual
 
             return data_residual(self.physics.A(self._values("result").to(self.y.device)), self.y)
-        return relative_residual(self.physics, self.control.volumes["result"], self.y, self.control.checkpoint)
+        return relative_residual(self.physics, self.volume("result"), self.y, self.control.checkpoint)
 
 
 def relative_residual(

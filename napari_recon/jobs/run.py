@@ -34,7 +34,7 @@ def run_job(job: Job, control: Control | None = None, prepared: Prepared | None 
     """Run a job and say what happens.
 
     What comes, and in which order, is told in :mod:`napari_recon.jobs.reconstruct`, :mod:`~napari_recon.jobs.padmm`,
-    :mod:`~napari_recon.jobs.consistency`, :mod:`~napari_recon.jobs.regularization`,
+    :mod:`~napari_recon.jobs.slabs`, :mod:`~napari_recon.jobs.consistency`, :mod:`~napari_recon.jobs.regularization`,
     :mod:`~napari_recon.jobs.resolution`, :mod:`~napari_recon.jobs.sweep`, :mod:`~napari_recon.jobs.coil_maps`,
     :mod:`~napari_recon.jobs.operator` and :mod:`~napari_recon.jobs.training`.
     Every stream ends with exactly one of ``Finished``, ``Cancelled`` and ``Failed``. Dropping the generator ends the
@@ -81,7 +81,10 @@ def _run_of(job: Job, control: Control, prepared: Prepared) -> Run[Any] | TrainR
     if isinstance(job, ReconstructionJob):
         from napari_recon.jobs.padmm import PADMMRun
         from napari_recon.jobs.reconstruct import ReconstructionRun
+        from napari_recon.jobs.slabs import SlabsRun, goes_in_slabs
 
+        if goes_in_slabs(job):
+            return SlabsRun(job, control, prepared)
         kind = PADMMRun if isinstance(job.parameters, PADMMParameters) else ReconstructionRun
         return kind(job, control, prepared)
     if isinstance(job, DataConsistencyJob):
@@ -123,6 +126,8 @@ def _smaller(job: Job) -> str:
         return "choose fewer or smaller volumes, or a smaller patch or batch"
     if isinstance(job, OperatorJob) and job.operator == "fit":
         return "choose fewer probes, one kernel, a larger voxel size or more binning"
+    if isinstance(job, ReconstructionJob) and isinstance(job.slab, int):
+        return "choose a thinner slab"
     if isinstance(job, PatchJob) or getattr(getattr(job, "parameters", None), "patch", None):
         return "choose a smaller patch, a larger voxel size or more binning"
     return "choose a larger voxel size or more binning" + ("" if job.device == "cpu" else ", or the device 'cpu'")

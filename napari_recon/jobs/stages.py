@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from napari_recon.jobs.job import Job, OperatorJob, ScanJob
-from napari_recon.jobs.memory import peak_memory, plan_memory
-from napari_recon.jobs.messages import Message, Progress, Stage, VolumeReady
+from napari_recon.jobs.job import Job, OperatorJob, ReconstructionJob, ScanJob
+from napari_recon.jobs.memory import peak_memory, plan_memory, readable
+from napari_recon.jobs.messages import Message, Notice, Progress, Stage, VolumeReady
 from napari_recon.scans.errors import ScanError
+from napari_recon.scans.slabs import Slab
 
 if TYPE_CHECKING:  # torch is imported where a job runs, not where jobs are made
     import torch
@@ -181,6 +182,10 @@ class Run(Generic[AnyJob]):
         self.complete = True
         self.complex_volumes: dict[str, torch.Tensor] = {}
         """Volumes (1, 2, D, H, W) of MRI, of which the control holds magnitude and phase."""
+        self.slab: Slab | None = None
+        """What is reconstructed, where only some slices are asked for."""
+        self._extended: dict[str, NDArray[np.float32]] = {}
+        """Volumes of a slab with what is about it, of which the control holds the slices that are asked for."""
         self._began = control.clock()
 
     def messages(self) -> Iterator[Message]:
@@ -188,19 +193,28 @@ class Run(Generic[AnyJob]):
         raise NotImplementedError
 
     def read(self) -> Iterator[Message]:
-        """Open the scan, check that the job fits, and read: ``scan``, ``grid``, ``physics`` and ``y`` from here on."""
+        """Open the scan, check that the job fits, and read.
+
+        From here on there are ``scan``; ``grid``, on which is computed; ``shown_grid``, which is less where only some
+        slices are asked for; ``physics`` and ``y``.
+        """
         job, prepared = self.job, self.prepared
         yield Stage("reading", job.scan.name)
         self.check()
         from napari_recon.physics.devices import resolve_device
 
         device = resolve_device(job.device)
-        key = _digest(job, _state_of(job.scan), str(device))
+        key = digest_of(job, state_of(job.scan), str(device))
         if prepared.key != key:
             prepared.clear()
             prepared.key = key
         self.scan: Scan | KSpaceScan = prepared.get("scan", job.open_scan)
         self.grid: Grid = self.scan.default_grid(job.shape, job.voxel_size)
+        self.shown_grid = self.grid
+        if isinstance(job, ReconstructionJob) and self.scan.kind != "mri":
+            self.slab = job.part_of(self.scan.geometry, self.grid)
+        if self.slab is not None:
+            self.grid, self.shown_grid = self.slab.grid(self.grid), self.slab.core_grid(self.grid)
         if "y" not in prepared.things or isinstance(job, OperatorJob):  # whose fit takes far more than reading did
             plan = plan_memory(job, self.scan)
             if not plan.fits:
@@ -209,7 +223,13 @@ class Run(Generic[AnyJob]):
         if estimates and "physics" not in prepared.things:
             yield Stage("estimating coil maps")
         self.physics: Any = prepared.get("physics", lambda: self._physics(device))
-        self.y: torch.Tensor = prepared.get("y", lambda: self.scan.measurements(device))
+        self.y: torch.Tensor = prepared.get("y", lambda: self._measurements(device))
+
+    def _measurements(self, device: torch.device) -> torch.Tensor:
+        """What was measured, of a slab the rows that see it."""
+        if self.slab is None:
+            return self.scan.measurements(device)
+        return self.projections().measurements(device, self.slab.rows)
 
     def _physics(self, device: torch.device) -> Any:
         """The X-ray transform of projections, or the MRI operator of k-space."""
@@ -219,7 +239,8 @@ class Run(Generic[AnyJob]):
             return MultiCoilMRI.from_scan(self.scan, device)
         from napari_recon.physics import XRayTransform
 
-        return XRayTransform.from_scan(self.scan, self.job.shape, self.job.voxel_size, device)
+        geometry = self.scan.geometry
+        return XRayTransform(geometry if self.slab is None else geometry.with_rows(self.slab.rows), self.grid, device)
 
     def projections(self) -> Scan:
         """The scan, where it must hold X-ray projections."""
@@ -244,7 +265,8 @@ class Run(Generic[AnyJob]):
         if name in self.prepared.things:
             self.start: torch.Tensor = self.prepared.things[name]
             if shown is not None:
-                self.control.allocate(shown, self.grid.shape)[...] = self.start[0, 0].cpu().numpy()
+                self.allocate(shown)[...] = self.start[0, 0].cpu().numpy()
+                self._hand_over(shown)
                 yield self.ready(shown)
             return
         import torch
@@ -252,7 +274,7 @@ class Run(Generic[AnyJob]):
         updates = FDK(window=window).stream(self.y, self.physics)
         if shown is not None:
             yield from self.follow(updates, shown, to_the_end)
-            self.start = torch.from_numpy(self.control.volumes[shown].copy())[None, None].to(self.y.device)
+            self.start = torch.from_numpy(self.volume(shown).copy())[None, None].to(self.y.device)
         else:
             self.start = torch.zeros((1, 1, *self.grid.shape), device=self.y.device)
             while (update := advance(updates)) is not None:
@@ -301,14 +323,21 @@ class Run(Generic[AnyJob]):
         """
         control = self.control
         begin = control.clock()
+        batch = getattr(self.physics, "batch_bytes", 0)
         try:
             while (update := advance(updates)) is not None:
+                if (smaller := getattr(self.physics, "batch_bytes", 0)) < batch:
+                    batch = 0  # told once
+                    yield Notice(
+                        f"Memory ran out, so views are now taken {readable(smaller)} at a time and the job goes on."
+                    )
                 first = name not in control.volumes
-                volume = control.volumes[name] if not first else control.allocate(name, self.grid.shape)
+                volume = self.volume(name) if not first else self.allocate(name)
                 if update.values.shape[1] == 2:
                     self._take_complex(update, name)
                 else:
                     volume[update.box] = update.values[0, 0].detach().cpu().numpy()
+                    self._hand_over(name, update.box)
                 whole = volume[update.box].shape == volume.shape
                 # Of a start nothing is told but its steps; a patch's own figures are of its step, and only what holds
                 # for the volume is kept for the end.
@@ -326,8 +355,8 @@ class Run(Generic[AnyJob]):
                         name,
                         update.step,
                         update.total,
-                        _plain(update.box),
-                        None if following is None else _plain(following),
+                        self._shown_box(update.box),
+                        None if following is None else self._shown_box(following),
                         seconds,
                         remaining,
                         figures,
@@ -341,6 +370,41 @@ class Run(Generic[AnyJob]):
             close = getattr(updates, "close", None)
             if close is not None:
                 close()
+
+    def allocate(self, name: str) -> NDArray[np.float32]:
+        """A new volume of zeros on ``grid``; what of it lies in ``shown_grid`` is the control's."""
+        shown = self.control.allocate(name, self.shown_grid.shape)
+        if self.shown_grid == self.grid:
+            return shown
+        self._extended[name] = np.zeros(self.grid.shape, np.float32)
+        return self._extended[name]
+
+    def volume(self, name: str) -> NDArray[np.float32]:
+        """A volume on ``grid``."""
+        found = self._extended.get(name)
+        return self.control.volumes[name] if found is None else found
+
+    def _hand_over(self, name: str, box: tuple[slice, ...] = (slice(None),) * 3) -> None:
+        """Give the control what changed in a box of a volume on ``grid``."""
+        if name not in self._extended:
+            return
+        assert self.slab is not None
+        inside = self.slab.inside
+        first, stop, _ = box[0].indices(self.grid.shape[0])
+        first, stop = max(first, inside.start), min(stop, inside.stop)
+        if first < stop:
+            shown = slice(first - inside.start, stop - inside.start)
+            self.control.volumes[name][(shown, *box[1:])] = self._extended[name][(slice(first, stop), *box[1:])]
+
+    def _shown_box(self, box: tuple[slice, ...]) -> tuple[slice, ...]:
+        """A box of ``grid`` in voxels of ``shown_grid``: of one beside it, the slice that is nearest."""
+        if self.slab is None:
+            return _plain(box)
+        inside = self.slab.inside
+        height = inside.stop - inside.start
+        first = min(max(int(box[0].start) - inside.start, 0), height - 1)
+        stop = max(min(int(box[0].stop) - inside.start, height), first + 1)
+        return (slice(first, stop), *_plain(box[1:]))
 
     def _take_complex(self, update: Update, name: str) -> None:
         """Keep a box of a complex volume, and its magnitude and phase in the control's."""
@@ -393,7 +457,7 @@ class Run(Generic[AnyJob]):
         from napari_recon.physics import NormalOperator
 
         physics = self.physics if physics is None else physics
-        kept, state = self.prepared.things, (str(file), _state_of(Path(file)), type(physics).__name__)
+        kept, state = self.prepared.things, (str(file), state_of(Path(file)), type(physics).__name__)
         if kept.get("operator file", (None,))[0] != state:
             kept.pop("operator file", None)  # freed before the next one is there
             kept["operator file"] = (state, NormalOperator.load(file, physics, self.y.device))
@@ -401,8 +465,8 @@ class Run(Generic[AnyJob]):
         return operator
 
     def ready(self, name: str) -> VolumeReady:
-        """The message that a volume on the job's grid is there."""
-        grid = self.grid
+        """The message that a volume on the job's grid is there, or that the slices of it are that are asked for."""
+        grid = self.shown_grid
         handle = self.control.handles.get(name, "")
         return VolumeReady(name, grid.shape, grid.scale, grid.translate, handle=handle)
 
@@ -479,7 +543,7 @@ def _plain(box: tuple[slice, ...]) -> tuple[slice, ...]:
     return tuple(slice(int(s.start), int(s.stop)) for s in box)
 
 
-def _state_of(path: Path) -> list[Any]:
+def state_of(path: Path) -> list[Any]:
     """What tells whether a file or folder is still the same: times and sizes of its files."""
     try:
         files = sorted(path.iterdir()) if path.is_dir() else [path]
@@ -488,7 +552,7 @@ def _state_of(path: Path) -> list[Any]:
         return []
 
 
-def _digest(job: Job, *more: Any) -> str:
+def digest_of(job: Job, *more: Any) -> str:
     """A name for the scan, grid and device of a job."""
-    said = job.model_dump(mode="json", include={"scan", "options", "shape", "voxel_size"})
+    said = job.model_dump(mode="json", include={"scan", "options", "shape", "voxel_size", "slices"})
     return hashlib.sha256(json.dumps([said, *more], sort_keys=True, default=str).encode()).hexdigest()

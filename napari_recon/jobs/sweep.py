@@ -1,4 +1,4 @@
-"""The run of a sweep: one parameter of a reconstruction over some values, on coarser voxels, every result kept.
+"""The run of a sweep: one parameter over some values, on coarser voxels or some slices, every result kept.
 
 The stream is, for each value, that of a reconstruction of which only the result is told of, a volume by the name of
 :func:`~napari_recon.jobs.job.sweep_name`, and a ``Progress`` of "sweep" with the value's figures. The figures at the
@@ -37,14 +37,16 @@ class SweepRun(Run[SweepJob]):
         scan = job.open_scan()
         if job.parameter == "views":
             scan.with_options(views=int(max(job.values)))  # more than there are is said now, not after the others
-        self.grid = job.coarse_grid(scan)
+        whole = job.coarse_grid(scan)
+        d, h, w = whole.shape
+        self.grid = whole.crop((slice(*(job.coarse_slices(whole) or (0, d))), slice(0, h), slice(0, w)))
         reference = self._reference()
         kept = Prepared()  # what is kept for the reconstruction's own grid stays as it is
         begin, told = control.clock(), set[str]()
         rows: list[dict[str, float]] = []
         for number, value in enumerate(job.values, 1):
             name = sweep_name(job.parameter, value)
-            ended = yield from run_part(job.part(value, self.grid), control, name, kept, told)
+            ended = yield from run_part(job.part(value, whole), control, name, kept, told)
             if not ended.complete:
                 self.complete = False
                 break

@@ -15,6 +15,7 @@ import contextlib
 import importlib.util
 import itertools
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -486,54 +487,195 @@ def _read_npy(path: Path) -> Volume:
 def _write_zarr(
     path: Path, data: NDArray, grid: Grid, provenance: dict[str, Any], numbers: _Numbers, name: str
 ) -> None:
-    import zarr
-    from ome_zarr.writer import write_multiscales_metadata
-
-    root = zarr.open_group(str(path), mode="w", zarr_format=3)
-    level = np.ascontiguousarray(data, np.float32)
-    datasets = []
-    for number in range(8):
-        size = [edge * 2**number for edge in grid.scale]
-        array = root.create_array(
-            str(number),
-            shape=level.shape,
-            dtype=numbers.dtype,
-            chunks=tuple(min(64, n) for n in level.shape),
-            dimension_names=("z", "y", "x"),
-        )
-        array[:] = numbers.of(level)
-        if numbers.scaled:  # as the CF conventions call them, which xarray knows
-            array.attrs.update({"scale_factor": numbers.slope, "add_offset": numbers.intercept})
-        # A coarser voxel lies in the middle of the 2 x 2 x 2 that it averages.
-        shift = [(coarse - edge) / 2 for coarse, edge in zip(size, grid.scale, strict=True)]
-        transforms = [
-            {"type": "scale", "scale": size},
-            {"type": "translation", "translation": [t + s for t, s in zip(grid.translate, shift, strict=True)]},
-        ]
-        datasets.append({"path": str(number), "coordinateTransformations": transforms})
-        if max(level.shape) <= 128 or min(level.shape) < 2:
-            break
-        d, h, w = (n // 2 for n in level.shape)
-        level = level[: 2 * d, : 2 * h, : 2 * w].reshape(d, 2, h, 2, w, 2).mean(axis=(1, 3, 5), dtype=np.float32)
-    axes = [{"name": name, "type": "space", "unit": "millimeter"} for name in "zyx"]
-    write_multiscales_metadata(root, datasets, axes=axes, name=name)
-    root.attrs["napari_recon"] = provenance
+    volume = ZarrVolume.create(path, grid, name=name, numbers=numbers)
+    volume.write(0, data)
+    volume.describe(provenance)
 
 
 def _read_zarr(path: Path) -> Volume:
-    import zarr
+    volume = ZarrVolume.open(path)
+    return _volume(np.asarray(volume.levels[0]), volume.scale, volume.center, volume.provenance)
 
-    root = zarr.open_group(str(path), mode="r")
-    attributes = dict(root.attrs)
-    scales = attributes.get("ome", attributes).get("multiscales")  # type: ignore[union-attr]
-    if not scales:
-        raise ScanError(f"{path} holds no multiscales metadata, so it is no OME-Zarr image.")
-    axes, first = scales[0].get("axes", []), scales[0]["datasets"][0]
-    array: Any = root[first["path"]]
-    slope, intercept = (float(array.attrs.get(key, usual)) for key, usual in (("scale_factor", 1), ("add_offset", 0)))
-    data = np.asarray(array[...])
-    while data.ndim > 3 and data.shape[0] == 1:  # time and channel of one
-        data, axes = data[0], axes[1:]
+
+class Level:
+    """One resolution of an OME-Zarr volume, (D, H, W), float32: what is asked for is read, and nothing is kept."""
+
+    ndim = 3
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+        self.shape: tuple[int, int, int] = tuple(array.shape[-3:])
+        self.chunks: tuple[int, int, int] = tuple(array.chunks[-3:])
+        slope, intercept = array.attrs.get("scale_factor", 1), array.attrs.get("add_offset", 0)
+        self._slope, self._intercept = float(slope), float(intercept)
+
+    @property
+    def size(self) -> int:
+        """Number of voxels."""
+        return math.prod(self.shape)
+
+    def __getitem__(self, key: Any) -> NDArray[np.float32]:
+        key = key if isinstance(key, tuple) else (key,)
+        values = np.asarray(self.array[(*(0,) * (self.array.ndim - 3), *key)])  # time and channel of one
+        return _values(values, self._slope, self._intercept)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        values = self[...]
+        return values if dtype is None else values.astype(dtype, copy=False)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
+class ZarrVolume:
+    """An OME-Zarr volume where it lies: read a part at a time, and written slab by slab with its pyramid.
+
+    What is written can be read at any moment; what is not yet, is zero.
+
+    Attributes
+    ----------
+    path
+        The folder.
+    levels
+        Its resolutions, finest first.
+    scale
+        Edges (z, y, x) of the finest's voxels in mm; None where the file does not tell.
+    center
+        World position (x, y, z) of the volume's centre in mm.
+    provenance
+        How it was made; empty where it is not ours.
+    """
+
+    def __init__(self, path: Path, group: Any) -> None:
+        self.path = path
+        attributes = dict(group.attrs)
+        scales = attributes.get("ome", attributes).get("multiscales")
+        if not scales:
+            raise ScanError(f"{path} holds no multiscales metadata, so it is no OME-Zarr image.")
+        arrays = [group[dataset["path"]] for dataset in scales[0]["datasets"]]
+        shape = arrays[0].shape
+        if len(shape) < 3 or any(n > 1 for n in shape[:-3]):
+            raise ScanError(f"{path} has {len(shape)} dimensions {shape}; a volume has three (z, y, x).")
+        self.levels = [Level(array) for array in arrays]
+        self.scale, self.center = _placed(scales[0], self.levels[0].shape)
+        made_by = attributes.get("napari_recon", {})
+        self.provenance: dict[str, Any] = made_by if isinstance(made_by, dict) else {}
+
+    @classmethod
+    def open(cls, path: str | Path, writable: bool = False) -> ZarrVolume:
+        """One that is there.
+
+        Raises
+        ------
+        ScanError
+            If it is no OME-Zarr volume.
+        """
+        import zarr
+
+        return cls(Path(path), zarr.open_group(str(path), mode="r+" if writable else "r"))
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        grid: Grid,
+        thickness: int | None = None,
+        name: str | None = None,
+        numbers: _Numbers | None = None,
+    ) -> ZarrVolume:
+        """A new one of zeros, in place of what is there.
+
+        Parameters
+        ----------
+        path
+            The folder.
+        grid
+            Its shape and place.
+        thickness
+            Of the slabs in which it is to be written, a multiple of :func:`slab_step`: no two then share a chunk, so
+            that neither an end amid writing nor another process touches what is finished. None writes it whole.
+        name
+            In its metadata; None takes the folder's.
+        numbers
+            How it holds values; None holds float32.
+        """
+        import zarr
+        from ome_zarr.writer import write_multiscales_metadata
+
+        path, numbers = Path(path), numbers or _Numbers()
+        root = zarr.open_group(str(path), mode="w", zarr_format=3)
+        shapes = _pyramid(grid.shape)
+        deep = 64
+        if thickness is not None:
+            step = slab_step(grid.shape)
+            parts = thickness // step
+            deep = step * max((n for n in range(1, parts + 1) if parts % n == 0 and n * step <= 64), default=1)
+        datasets = []
+        for number, shape in enumerate(shapes):
+            size = [edge * 2**number for edge in grid.scale]
+            depth = deep if thickness is None else max(1, deep >> number)
+            array = root.create_array(
+                str(number),
+                shape=shape,
+                dtype=numbers.dtype,
+                chunks=tuple(min(most, n) for most, n in zip((depth, 64, 64), shape, strict=True)),
+                dimension_names=("z", "y", "x"),
+            )
+            if numbers.scaled:  # as the CF conventions call them, which xarray knows
+                array.attrs.update({"scale_factor": numbers.slope, "add_offset": numbers.intercept})
+            # A coarser voxel lies in the middle of the 2 x 2 x 2 that it averages.
+            shift = [(coarse - edge) / 2 for coarse, edge in zip(size, grid.scale, strict=True)]
+            transforms = [
+                {"type": "scale", "scale": size},
+                {"type": "translation", "translation": [t + s for t, s in zip(grid.translate, shift, strict=True)]},
+            ]
+            datasets.append({"path": str(number), "coordinateTransformations": transforms})
+        axes = [{"name": axis, "type": "space", "unit": "millimeter"} for axis in "zyx"]
+        write_multiscales_metadata(root, datasets, axes=axes, name=name or path.name)
+        return cls(path, root)
+
+    def write(self, start: int, values: NDArray[np.float32]) -> None:
+        """Write the slices from ``start`` on, in all resolutions; ``start`` is a multiple of :func:`slab_step`."""
+        level = np.ascontiguousarray(values, np.float32)
+        for number, each in enumerate(self.levels):
+            if number:
+                d, h, w = (n // 2 for n in level.shape)
+                level = (
+                    level[: 2 * d, : 2 * h, : 2 * w].reshape(d, 2, h, 2, w, 2).mean(axis=(1, 3, 5), dtype=np.float32)
+                )
+            first = start >> number
+            if len(level):
+                numbers = _Numbers(each.array.dtype.name, each._slope, each._intercept)
+                each.array[first : first + len(level)] = numbers.of(level)
+
+    def describe(self, provenance: dict[str, Any], **more: Any) -> None:
+        """Say how it was made, and ``more`` beside that; who reads meanwhile sees what was said before, or this."""
+        file = self.path / "zarr.json"
+        said = json.loads(file.read_text())
+        said["attributes"]["napari_recon"] = provenance | more
+        partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+        partial.write_text(json.dumps(said, indent=2))
+        partial.replace(file)
+        self.provenance = provenance | more
+
+
+def slab_step(shape: tuple[int, int, int]) -> int:
+    """What the thickness of slabs is a multiple of, so that each has voxels of its own in all resolutions."""
+    return int(2 ** (len(_pyramid(shape)) - 1))
+
+
+def _pyramid(shape: Sequence[int]) -> list[tuple[int, ...]]:
+    """The shapes of the resolutions: halved until 128 voxels or fewer are left, seven times at most."""
+    shapes = [tuple(int(n) for n in shape)]
+    while len(shapes) < 8 and max(shapes[-1]) > 128 and min(shapes[-1]) >= 2:
+        shapes.append(tuple(n // 2 for n in shapes[-1]))
+    return shapes
+
+
+def _placed(multiscales: dict[str, Any], shape: Sequence[int]) -> tuple[list[float] | None, tuple[float, float, float]]:
+    """The voxel's edges (z, y, x) and the centre (x, y, z) in mm that OME-NGFF metadata tell."""
+    axes, first = multiscales.get("axes", []), multiscales["datasets"][0]
     steps, starts = [1.0] * 3, None
     for transform in first.get("coordinateTransformations", []):
         if transform["type"] == "scale":
@@ -541,17 +683,16 @@ def _read_zarr(path: Path) -> Volume:
         if transform["type"] == "translation":
             starts = [float(t) for t in transform["translation"][-3:]]
     units = [_LENGTHS.get(str(a.get("unit", "")).lower()) if isinstance(a, dict) else None for a in axes[-3:]]
-    scale, center = None, (0.0, 0.0, 0.0)
-    if data.ndim == 3 and units and None not in units:
-        scale = [float(s * u) for s, u in zip(steps, units, strict=True)]  # type: ignore[operator]
-        if starts is not None:
-            z, y, x = (
-                t * u + (n - 1) / 2 * edge  # type: ignore[operator]
-                for t, u, n, edge in zip(starts, units, data.shape, scale, strict=True)
-            )
-            center = (x, y, z)
-    provenance = attributes.get("napari_recon", {})
-    return _volume(_values(data, slope, intercept), scale, center, provenance if isinstance(provenance, dict) else None)
+    if not units or None in units:
+        return None, (0.0, 0.0, 0.0)
+    scale = [float(s * u) for s, u in zip(steps, units, strict=True)]  # type: ignore[operator]
+    if starts is None:
+        return scale, (0.0, 0.0, 0.0)
+    z, y, x = (
+        t * u + (n - 1) / 2 * edge  # type: ignore[operator]
+        for t, u, n, edge in zip(starts, units, shape, scale, strict=True)
+    )
+    return scale, (x, y, z)
 
 
 # -- MRC -----------------------------------------------------------------------------------------------------------

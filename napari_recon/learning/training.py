@@ -16,6 +16,9 @@ Scans of one's own without references are split instead: the whole volume is rec
 should explain the others (:mod:`napari_recon.learning.own_scans`). Not by patches: what other voxels get wrong is in
 every ray through a patch, and patches taught to explain it would all explain it.
 
+Under torchrun every process trains on volumes of its own, and gradients are averaged: a step of N processes is that of
+one process on N batches. What goes wrong in one of them is told to all, so that none waits for it.
+
 No torch is imported before training begins: forms are built from the configuration alone.
 """
 
@@ -26,7 +29,9 @@ import os
 import time
 import tomllib
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -70,6 +75,9 @@ REFRESHED = 24
 
 MINIMISER_STEPS = 60
 """Of PADMM from the truth, where its minimiser is what is learned: within a percent of it, few views apart."""
+
+PATIENCE = 24 * 3600
+"""Seconds that a process waits for another, which may be validating: torchrun ends those whose fellow has died."""
 
 _HELD_OUT = 1_000_000  # seeds of validation objects begin here
 
@@ -241,7 +249,9 @@ class OptimisationConfig(_Frozen):
 
     steps: PositiveInt = Field(default=20_000, title="Steps")
     patch: int = Field(default=48, ge=8, title="Patch", description="Edge of a training patch in voxels.")
-    batch: PositiveInt = Field(default=2, title="Batch", description="Patches at a time, on every device.")
+    batch: PositiveInt = Field(
+        default=2, title="Batch", description="Patches at a time, in every process where there are several."
+    )
     accumulation: PositiveInt = Field(default=1, title="Accumulation", description="Batches a step.")
     learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False, title="Learning rate")
     step_rate: float = Field(
@@ -327,8 +337,9 @@ class TrainingUpdate:
     step, total
         Of the stage: scans made, or steps of the optimiser done.
     figures
-        ``loss`` and ``learning_rate`` of every step; with a validation ``psnr`` (dB, inside the field of view, data
-        range that of the truth, values below zero set to zero), ``start_psnr`` of what it began with, ``best_psnr``.
+        ``loss`` (the mean of all processes) and ``learning_rate`` of every step; with a validation ``psnr`` (dB,
+        inside the field of view, data range that of the truth, values below zero set to zero), ``start_psnr`` of what
+        it began with, ``best_psnr``.
         Where views are split, these are of the projections that were left out, ramp-filtered.
     seconds
         Since training began here.
@@ -432,8 +443,9 @@ def stream_training(
 
     Who consumes the generator may stop at any time: closing it leaves the best weights, and a checkpoint from which the
     same call goes on. Resumed training gives the weights that it would have given without interruption, bit by bit on a
-    CPU. Under ``torchrun`` (WORLD_SIZE is set) every process trains on scans of its own and gradients are averaged; the
-    first one validates and writes.
+    CPU. Under ``torchrun`` (WORLD_SIZE is set) every process trains on scans of its own, with a batch of its own, and
+    gradients are averaged; the first one validates and writes, and it alone reads the checkpoint. Processes step
+    together, so that they have to be stopped together (:func:`stops_anywhere`).
 
     Parameters
     ----------
@@ -447,7 +459,8 @@ def stream_training(
     Raises
     ------
     ScanError
-        If something in the configuration will not do, a checkpoint belongs to another one, or training diverges.
+        If something in the configuration will not do, a checkpoint belongs to another one, or training diverges; in all
+        processes, wherever it was found.
     """
     output = Path(output).expanduser()
     if output.suffix != ".safetensors":
@@ -460,6 +473,28 @@ def stream_training(
         yield from trainer.run(resume)
     finally:
         trainer.close()
+
+
+def stops_anywhere(stop: bool) -> bool:
+    """Whether any process of a training was asked to stop.
+
+    All of them have to ask after every update of "training": then all leave after the same step, and none waits in
+    vain for the gradients of another. Without torchrun it is ``stop``.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return stop
+    import torch
+
+    return any(_gathered(stop)) if torch.distributed.is_initialized() else stop
+
+
+def _gathered(said: Any) -> list[Any]:
+    """What every process says, in their order; a small thing that can be pickled."""
+    import torch
+
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, said)
+    return everyone
 
 
 # -- scans to train on ---------------------------------------------------------------------------------------------
@@ -614,14 +649,15 @@ class _Trainer:
             _expect_for_mri(config)
         self.splitting = not self.simulated and config.data.supervision == "splitting"
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-        name = config.device
-        if self.world > 1 and resolve_device(name).type == "cuda":
-            name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        self.device = resolve_device(name)
-        self.objects = _objects(config.data, config.validation, config.seed, held_out=False)[self.rank :: self.world]
+        self.device = resolve_device(config.device)
+        objects = _objects(config.data, config.validation, config.seed, held_out=False)
+        if len(objects) < self.world:
+            raise ScanError(
+                f"There are fewer training volumes ({len(objects)}) than processes ({self.world}): raise data.count, "
+                "or start fewer processes."
+            )
+        self.objects = objects[self.rank :: self.world]
         self.held_out = _objects(config.data, config.validation, config.seed, held_out=True) if self.rank == 0 else []
-        if not self.objects:
-            raise ScanError(f"There are fewer training volumes than processes ({self.world}): raise data.count.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             options = dict(config.network.options)
@@ -671,10 +707,13 @@ class _Trainer:
         self.refreshed: dict[str, Tensor] | None = None  # the weights that the first passes were run with
         self.with_first: list[_Example] = []
         self.joined = False
-        if self.device.type == "cuda":
+        if self.device.index is not None:
             torch.cuda.set_device(self.device)
         if self.world > 1 and not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            # NCCL wants a GPU for every process of a machine; gloo goes through the host.
+            alone = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
+            backend = "nccl" if self.device.type == "cuda" and alone else "gloo"
+            torch.distributed.init_process_group(backend, timeout=timedelta(seconds=PATIENCE))
             self.joined = True
 
     def close(self) -> None:
@@ -688,6 +727,23 @@ class _Trainer:
 
     def prepare(self) -> Iterator[TrainingUpdate]:
         """Simulate or read all scans, with their starts and the gradients that patches need."""
+        wrong = ""
+        try:
+            yield from self._prepare()
+        except ScanError as error:
+            wrong = str(error)
+        self._all_hear(wrong)
+        if self.world > 1 and self.config.data.scans is not None:  # for the weights, which are one method
+            edges = [min(each) for each in zip(*_gathered(self._edges()), strict=True)]
+            self.patch = self.model.patch_size = edges[0] if len(set(edges)) == 1 else tuple(edges)
+
+    def _all_hear(self, wrong: str) -> None:
+        """Raise, in every process, what is wrong in one of them; nothing where that is empty everywhere."""
+        for sentence in _gathered(wrong) if self.world > 1 else [wrong]:
+            if sentence:
+                raise ScanError(sentence)
+
+    def _prepare(self) -> Iterator[TrainingUpdate]:
         total = len(self.objects) + len(self.held_out)
         every = self.config.data.samplings
         for i, (thing, seed) in enumerate([*self.objects, *self.held_out]):
@@ -843,7 +899,7 @@ class _Trainer:
         optimisation, validation = self.config.optimisation, self.config.validation
         if resume:
             self._resume()
-        loss_of = self._loss_module()
+        loss_of, averaging = self._loss_module()
         parameters = list(self.model.parameters())
         saved = self.step
         try:
@@ -856,9 +912,14 @@ class _Trainer:
                 self.optimiser.zero_grad(set_to_none=True)
                 total = 0.0
                 for micro in range(optimisation.accumulation):
-                    loss = loss_of(micro) / optimisation.accumulation
-                    loss.backward()
+                    with averaging(micro == optimisation.accumulation - 1):
+                        loss = loss_of(micro) / optimisation.accumulation
+                        loss.backward()
                     total += float(loss.detach())
+                if self.world > 1:  # and what is not finite anywhere stops all
+                    mean = torch.tensor(total, device=self.device) / self.world
+                    torch.distributed.all_reduce(mean)
+                    total = float(mean)
                 if not math.isfinite(total):
                     raise ScanError(
                         f"Training diverged at step {self.step + 1}: lower optimisation.learning_rate, or lengthen its "
@@ -894,8 +955,12 @@ class _Trainer:
         warm = min(1.0, (step + 1) / (o.warm_up + 1))
         return o.learning_rate * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / o.steps)))
 
-    def _loss_module(self) -> nn.Module:
-        """The loss of a batch as a module, so that gradients are averaged over processes."""
+    def _loss_module(self) -> tuple[nn.Module, Callable[[bool], AbstractContextManager[None]]]:
+        """The loss of a batch as a module, and a context for it, in which True averages gradients over processes.
+
+        DistributedDataParallel hooks into a module's forward; the method's is a reconstruction from projections, hence
+        a module whose forward is the loss.
+        """
         import torch
 
         trainer = self
@@ -908,10 +973,10 @@ class _Trainer:
             def forward(self, micro: int) -> Tensor:
                 return trainer._loss(micro)
 
-        module: nn.Module = Loss()
-        if self.world > 1:
-            module = torch.nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
-        return module
+        if self.world == 1:
+            return Loss(), lambda average: nullcontext()
+        module = torch.nn.parallel.DistributedDataParallel(Loss(), broadcast_buffers=False)
+        return module, lambda average: nullcontext() if average else module.no_sync()
 
     def _loss(self, micro: int) -> Tensor:
         """The mean error of a batch of random patches, in units of the volumes' brightness."""
@@ -1145,13 +1210,37 @@ class _Trainer:
             unfinished.unlink(missing_ok=True)
 
     def _resume(self) -> None:
+        """Go on from the checkpoint that the first process finds, which may be on another machine."""
+        import torch
+
+        wrong = ""
+        found: list[dict[str, Any] | None] = [None]
+        try:
+            if self.rank == 0:
+                found = [self._checkpointed()]
+        except ScanError as error:
+            wrong = str(error)
+        self._all_hear(wrong)
+        if self.world > 1:
+            torch.distributed.broadcast_object_list(found)
+        if (state := found[0]) is None:
+            return
+        self.step, self.best = state["step"], state["best"]
+        if state["refreshed"] is not None:
+            self.model.load_state_dict(state["refreshed"])
+            self._refresh()
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+
+    def _checkpointed(self) -> dict[str, Any] | None:
+        """The state in the checkpoint, its tensors on the CPU, where there is one."""
         import torch
 
         path = checkpoint_path(self.output)
         if not path.exists():
-            return
+            return None
         try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             # Entries that came with a later version are then at their defaults.
             kept = TrainingConfig.model_validate_json(state["config"]).model_dump(mode="json")
         except Exception as error:  # whatever a damaged file makes torch raise
@@ -1165,12 +1254,7 @@ class _Trainer:
                 f"The checkpoint {path} belongs to another configuration (its {what} differs): delete it, give another "
                 "output, or use the configuration that it was begun with."
             )
-        self.step, self.best = state["step"], state["best"]
-        if state["refreshed"] is not None:
-            self.model.load_state_dict(state["refreshed"])
-            self._refresh()
-        self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        return state
 
     def _seconds(self) -> float:
         return time.perf_counter() - self.started

@@ -16,6 +16,9 @@ from napari_recon.scans.errors import ScanError
 SOFT_EDGE = 0.05
 """Sigma of what softens the edge of a region before the Fourier transform, relative to the volume's width."""
 
+AGAINST_REFERENCE = 0.5
+"""The threshold of a correlation with the truth that 1/7 is between halves: √(2c / (1 + c)) for c = 1/7."""
+
 _FEWEST_SHELLS = 4
 """Below which a volume is too small for a curve."""
 
@@ -53,6 +56,28 @@ class ShellCorrelation:
     resolution_half_bit: float
     resolution_one_seventh: float
     sentence: str
+
+    @classmethod
+    def of(
+        cls, frequency: NDArray[np.float64], correlation: NDArray[np.float64], half_bit: NDArray[np.float64]
+    ) -> ShellCorrelation:
+        """Add the other threshold, where the curve crosses both, and the sentence."""
+        one_seventh = np.full_like(correlation, 1 / 7)
+        told, found = [], []
+        for threshold in (half_bit, one_seventh):
+            crossing, why = _crossing(frequency, correlation - threshold)
+            found.append(1 / crossing if crossing is not None else math.nan)
+            told.append(f"{found[-1]:.3g} mm" if crossing is not None else why)
+        if told[0] == told[1]:
+            sentence = f"Resolution: {told[0]} (half-bit and 1/7)."
+        else:
+            sentence = f"Resolution: {told[0]} (half-bit), {told[1]} (1/7)."
+        return cls(frequency, correlation, half_bit, one_seventh, found[0], found[1], sentence)
+
+    def resolution(self, threshold: float) -> float:
+        """One over the frequency at which the curve first falls below a threshold, in mm; NaN where it does not."""
+        crossing, _ = _crossing(self.frequency, self.correlation - threshold)
+        return math.nan if crossing is None else 1 / crossing
 
 
 def fourier_shell_correlation(
@@ -119,17 +144,7 @@ def fourier_shell_correlation(
     correlation = np.divide(cross, np.sqrt(own * its), out=np.zeros_like(cross), where=own * its > 0)
     root = np.sqrt(np.maximum(1.0, shells.voxels * fill))
     half_bit = (0.2071 + 1.9102 / root) / (1.2071 + 0.9102 / root)
-    one_seventh = np.full_like(correlation, 1 / 7)
-    told, found = [], []
-    for threshold in (half_bit, one_seventh):
-        frequency, why = _crossing(shells.frequency, correlation - threshold)
-        found.append(1 / frequency if frequency is not None else math.nan)
-        told.append(f"{found[-1]:.3g} mm" if frequency is not None else why)
-    if told[0] == told[1]:
-        sentence = f"Resolution: {told[0]} (half-bit and 1/7)."
-    else:
-        sentence = f"Resolution: {told[0]} (half-bit), {told[1]} (1/7)."
-    return ShellCorrelation(shells.frequency, correlation, half_bit, one_seventh, found[0], found[1], sentence)
+    return ShellCorrelation.of(shells.frequency, correlation, half_bit)
 
 
 def _crossing(frequency: NDArray[np.float64], above: NDArray[np.float64]) -> tuple[float | None, str]:

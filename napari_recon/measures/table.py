@@ -35,6 +35,7 @@ COLUMNS = {
     "nrmse": "NRMSE",
     "data_range": "Data range",
     "residual": "Residual",
+    "residual_to_noise": "Residual to noise",
     "mean": "Mean",
     "std": "Standard deviation",
     "contrast_to_noise": "CNR",

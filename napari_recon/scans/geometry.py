@@ -287,6 +287,15 @@ class Geometry:
         vectors[:, 9:12] *= fv
         return Geometry(vectors, (rows // fv, columns // fu), self.kind)
 
+    def with_rows(self, rows: slice) -> Geometry:
+        """The geometry of some of the detector's rows, [start, stop)."""
+        have, columns = self.detector_shape
+        if not 0 <= rows.start < rows.stop <= have:
+            raise ScanError(f"The detector has rows 0 to {have - 1}, not {rows.start} to {rows.stop - 1}.")
+        vectors = self.vectors.copy()
+        vectors[:, 3:6] += self.v * ((rows.start + rows.stop - have) / 2)
+        return Geometry(vectors, (rows.stop - rows.start, columns), self.kind)
+
     def with_axis_offset(self, columns: float) -> Geometry:
         """The geometry with the detector moved so that the axis is seen ``columns`` further to the right."""
         vectors = self.vectors.copy()

@@ -196,14 +196,23 @@ class Scan:
             out[views] = values
         return out
 
-    def measurements(self, device: str | torch.device = "cpu") -> torch.Tensor:
-        """The line integrals as the measurements y of the physics: (1, 1, rows, views, columns), float32."""
+    def measurements(self, device: str | torch.device = "cpu", rows: slice | None = None) -> torch.Tensor:
+        """The line integrals as the measurements y of the physics: (1, 1, rows, views, columns), float32.
+
+        Parameters
+        ----------
+        device
+            Where they are.
+        rows
+            Which of the detector's rows (after binning), with a start and a stop; None takes all.
+        """
         import torch
 
-        views, rows, columns = self.shape
-        out = np.empty((rows, views, columns), np.float32)
+        views, height, columns = self.shape
+        rows = slice(0, height) if rows is None else rows
+        out = np.empty((rows.stop - rows.start, views, columns), np.float32)
         for piece, values in self.corrected_chunks():  # straight into place: no second copy of the projections
-            out[:, piece] = values.transpose(1, 0, 2)
+            out[:, piece] = values[:, rows].transpose(1, 0, 2)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         return torch.from_numpy(out)[None, None].to(device)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from napari.experimental import layers_linked
+from napari.experimental import layers_linked, unlink_layers
 from napari.layers import Image, Labels, Shapes
 from napari.utils.colormaps import Colormap
 from qtpy.QtCore import QObject, QTimer, Signal
@@ -46,6 +46,8 @@ LARGE, SMALL = 12, 9
 """Points of what is written into large and small cells."""
 GRASP = 12
 """Pixels from the curtain's edge within which it can be taken hold of."""
+CONTRAST = ("contrast_limits", "contrast_limits_range")
+"""What volumes of several units cannot share."""
 COMPARED = ("volume", "training")
 """What layers of ours show that can be compared."""
 Ends = tuple[tuple[float, float, float], tuple[float, float, float]]
@@ -263,6 +265,8 @@ class Comparison(QObject):
         The volumes on that grid, by layer; one that lies elsewhere is not there until it was resampled.
     resampled
         The names of those that were.
+    fits
+        Scale and offset of the volumes that were brought to the reference's unit; their layers keep their own.
     differences
         The layers of differences, by the volume's; empty while they are not shown.
     curtain
@@ -279,6 +283,9 @@ class Comparison(QObject):
     changed = Signal()
     """Something was deleted, or the comparison was left."""
     line_moved = Signal()
+    """The line was drawn, or taken away."""
+    slice_moved = Signal()
+    """The line lies on another slice now."""
     curtain_moved = Signal()
 
     def __init__(
@@ -292,6 +299,7 @@ class Comparison(QObject):
         self.grid = shown.grid_of(self._gauge())
         self.arrays: dict[Image, NDArray[np.float32]] = {}
         self.resampled: list[str] = []
+        self.fits: dict[Image, tuple[float, float]] = {}
         self.differences: dict[Image, Image] = {}
         self._reaches: dict[Image, float] = {}
         self.curtain: Image | None = None
@@ -312,8 +320,8 @@ class Comparison(QObject):
         self._looks = {layer: _Look(layer) for layer in self.layers}
         self._links = contextlib.ExitStack()
         self._with_differences = differences and reference is not None
-        self._busy = False
-        self._text = LARGE
+        self._busy = self._fitting_contrast = False
+        self._text, self._cell = LARGE, 0.0
         self._line: tuple[tuple[int, ...], NDArray[np.float64], NDArray[np.float64]] | None = None
         self._outlines: dict[Image, shown.LineOutline] = {}
         self._edge: shown.LineOutline | None = None
@@ -374,6 +382,7 @@ class Comparison(QObject):
                 order += row + [self.differences[layer] for layer in row if layer in self.differences]
             shown.put_in_order(viewer, order)
             shown.make_room(viewer, order, cells, 2)
+            self._cell = viewer.canvas.size[1] / cells[1]
             self._text = (
                 LARGE if min(viewer.canvas.size[0] / cells[0], viewer.canvas.size[1] / cells[1]) > 300 else SMALL
             )
@@ -382,6 +391,7 @@ class Comparison(QObject):
                     shown.show_caption(layer, shown.caption(layer), self._text)
                 else:
                     shown.show_name(layer, self._text)
+            self._caption_differences()
         shown.look_at(viewer, [self._gauge()], cells)
         self._leave_room(cells, height, width)
         if again and self._sees(point):  # the slice that the person looked at
@@ -393,7 +403,7 @@ class Comparison(QObject):
     def _leave_room(self, cells: shown.Cells, height: float, width: float) -> None:
         """Let the slices begin below what is written over them."""
         camera, (rows, columns) = self.viewer.scene.camera, self.viewer.canvas.size
-        tall, room = rows / cells[0], 3.6 * self._text + 12
+        tall, room = rows / cells[0], 4 * self._text + 14
         if tall < 2 * room:
             return
         camera.zoom = 0.97 * min((tall - room) / height, columns / cells[1] / width)
@@ -442,6 +452,34 @@ class Comparison(QObject):
         if self._with_differences:
             self.show_differences(True)
 
+    def take_fit(self, layer: Image, array: NDArray[np.float32], scale: float, offset: float) -> None:
+        """A volume was brought to the reference's unit; its layer is shown with the same contrast in its own unit."""
+        if layer not in self.layers or self.reference is None:
+            return
+        self.arrays[layer], self.fits[layer] = array, (scale, offset)
+        unlink_layers([layer], CONTRAST)
+        if len(self.fits) == 1:
+            self.reference.events.contrast_limits.connect(self._fit_contrast)
+        layer.events.contrast_limits.connect(self._fit_contrast)
+        self._fit_contrast()
+
+    def _fit_contrast(self, event: Any = None) -> None:
+        """Show values that stand for the same as the same, whichever layer's contrast was changed."""
+        if self._fitting_contrast or self.left or self.reference is None:
+            return
+        self._fitting_contrast = True
+        source = self.reference if event is None else event.source
+        scale, offset = self.fits.get(source, (1.0, 0.0))
+        limits = [scale * value + offset for value in source.contrast_limits]
+        for layer in [*self.fits, self.reference]:
+            scale, offset = self.fits.get(layer, (1.0, 0.0))
+            if layer is source or layer not in self.layers or not scale > 0:  # upside down there is no contrast
+                continue
+            low, high = ((value - offset) / scale for value in limits)
+            layer.contrast_limits_range = min(low, 2 * low - high), 2 * high - low
+            layer.contrast_limits = low, high
+        self._fitting_contrast = False
+
     # -- differences -----------------------------------------------------------------------------------------------
 
     @property
@@ -480,8 +518,11 @@ class Comparison(QObject):
             name = f"{layer.name} − {self.reference.name}"
             made = shown.volume_layer(name, difference, self.grid.scale, self.grid.translate, told)
             made.colormap, made.rendering, made.visible = ABOUT_ZERO, "mip", False
+            made.events.contrast_limits.connect(self._caption_differences)
             self.viewer.layers.append(made)
             self.differences[layer] = made
+        if not self.differences:  # all lie elsewhere, and are being resampled
+            return
         # The worst of them, FDK often, would hide what is left of the others.
         reaches = sorted(self._reaches[layer] for layer in self.differences)
         reach = reaches[(len(reaches) - 1) // 2] or max(reaches) or 1.0
@@ -489,6 +530,14 @@ class Comparison(QObject):
             made.contrast_limits_range, made.contrast_limits = (-4 * reach, 4 * reach), (-reach, reach)
         if len(self.differences) > 1:
             self._links.enter_context(layers_linked(list(self.differences.values()), shown.LINKED))
+
+    def _caption_differences(self, event: object = None) -> None:
+        """Say what their colours are, in as many words as there is room for: a letter is as wide as its size."""
+        for made in self.differences.values():
+            low, high = made.contrast_limits
+            told = f"{low:.2g} … {high:+.2g}".replace("-", "−")
+            named = f"blue {told} orange"
+            shown.show_caption(made, named if len(named) * self._text < self._cell else told, self._text)
 
     # -- the curtain -----------------------------------------------------------------------------------------------
 
@@ -503,15 +552,16 @@ class Comparison(QObject):
             told = {"shows": "curtain"}
             layer = shown.volume_layer(name, array, self.grid.scale, self.grid.translate, told)
             layer.rendering = "mip"
+            like = self.reference if self.reference is not None and self.fits else left  # which is of one unit
             for attribute in shown.LINKED:
-                setattr(layer, attribute, getattr(left, attribute))
+                setattr(layer, attribute, getattr(like, attribute))
             with self.viewer.layers.batched_update():
                 self.viewer.layers.append(layer)
                 shown.make_room(self.viewer, [layer], (1, 1), 2)
             point = self.viewer.dims.point
             shown.look_at(self.viewer, [layer])
             self.viewer.dims.set_point(range(self.viewer.dims.ndim), point)
-            self._links.enter_context(layers_linked([layer, left], shown.LINKED))
+            self._links.enter_context(layers_linked([layer, like], shown.LINKED))
             self.curtain = layer
             self._edge = shown.LineOutline(self.viewer, layer, "#ffffff")
         else:
@@ -629,7 +679,7 @@ class Comparison(QObject):
 
     def _on_point(self, event: object = None) -> None:
         if self._line is not None:
-            self.line_moved.emit()
+            self.slice_moved.emit()
 
     def _on_axes(self, event: object = None) -> None:
         """Other axes are displayed: the line was drawn on others, and the curtain is drawn across another."""
@@ -708,6 +758,8 @@ class Comparison(QObject):
         for outline in self._outlines.values():
             outline.close()
         self._outlines, self._line = {}, None
+        for layer in [*self.fits, *([self.reference] if self.fits and self.reference is not None else [])]:
+            layer.events.contrast_limits.disconnect(self._fit_contrast)
         viewer = self.viewer
         viewer.layers.events.removed.disconnect(self._on_removed)
         viewer.dims.events.point.disconnect(self._on_point)

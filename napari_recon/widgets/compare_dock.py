@@ -6,7 +6,7 @@ import contextlib
 import functools
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +35,10 @@ from qtpy.QtWidgets import (
     QVBoxLayout,
     QWidget,
 )
-from superqt import QCollapsible
 
-from napari_recon.measures.comparison import Region, Similarity, field_of_view, on_grid, value_range
+from napari_recon.jobs.job import DataConsistencyJob
+from napari_recon.jobs.messages import Finished
+from napari_recon.measures.comparison import Region, Similarity, field_of_view, fit_scale, on_grid, value_range
 from napari_recon.measures.local import histogram, line_profile
 from napari_recon.measures.table import COLUMNS, Row, columns, table, write_csv, write_figure
 from napari_recon.scans.errors import ScanError
@@ -51,10 +52,12 @@ from napari_recon.widgets.compare_display import (
     volume_of,
 )
 from napari_recon.widgets.compare_plots import SHADES, Line, Loupe, Plot, around
-from napari_recon.widgets.displays import told_by
+from napari_recon.widgets.displays import phase_of, told_by
+from napari_recon.widgets.frequencies import Frequencies, Spectra, spectra
 from napari_recon.widgets.job_dock import button_row, make_button
+from napari_recon.widgets.operator_displays import can_be_judged_on
 from napari_recon.widgets.session import Session
-from napari_recon.widgets.style import Scrolled, colour, note, section
+from napari_recon.widgets.style import Scrolled, colour, frame_of, growing_section, note
 
 if TYPE_CHECKING:
     import napari.viewer
@@ -62,20 +65,21 @@ if TYPE_CHECKING:
 
     from napari_recon.jobs.volumes import Volume
 
+TRUTH = "Truth"
+"""What the volume is called that a simulated scan was made of."""
 TRUTHS = ("truth", "reference", "ground")
 """Words in a layer's name that make it the reference until another is chosen."""
 SHORT = {"volume": "Volume", "region": "Region", "psnr": "PSNR", "ssim": "SSIM", "nrmse": "NRMSE"}
 """Headings of the columns that are always shown, where there is little room."""
+RESIDUALS = ("residual", "residual_to_noise")
 BEST = {"psnr": max, "ssim": max, "ssim_3d": max, "nrmse": min}
 FILES = "Volumes (*.tif *.tiff *.npy *.ome.zarr zarr.json);;All files (*)"
 ROW, MOST_ROWS, FEW = 22, 9, 5
 """Pixels of a row of the table, rows before it scrolls, and columns that fit beside the canvas."""
-UNBOUNDED = (1 << 24) - 1
-"""Qt's largest height of a widget."""
 SLIDER = 1000
 """Steps of the curtain's slider."""
-FOLLOW = 50
-"""Milliseconds between two looks at where the cursor and the line are."""
+FOLLOW, REST = 50, 150
+"""Milliseconds between two looks at where the cursor and the line are, and after which a slider rests."""
 
 
 class CompareDock(Scrolled):
@@ -89,6 +93,8 @@ class CompareDock(Scrolled):
         self._seen: set[Image] = set()
         self._named: Image | None = None
         self._regions: list[Region] = []
+        self._residuals: dict[Image, Row] = {}
+        self._projecting: list[Image] = []
         layout = self.content
         title = QLabel(note("Tick two to six volumes, and choose a reference."))
         title.setWordWrap(True)
@@ -105,18 +111,25 @@ class CompareDock(Scrolled):
         layout.addWidget(self._table_part())
         layout.addWidget(self._profile_part())
         layout.addWidget(self._histogram_part())
+        layout.addWidget(self._frequencies_part())
         layout.addWidget(self._loupe_part())
         layout.addStretch(1)
-        self._follow, self._profile_due = QTimer(self), QTimer(self)
-        for timer, look in ((self._follow, self._show_around), (self._profile_due, self._show_profile)):
+        self._follow, self._profile_due, self._rest = QTimer(self), QTimer(self), QTimer(self)
+        for timer, look, wait in (
+            (self._follow, self._show_around, FOLLOW),
+            (self._profile_due, self._show_profile, FOLLOW),
+            (self._rest, self._show_profile, REST),
+        ):
             timer.setSingleShot(True)
-            timer.setInterval(FOLLOW)
+            timer.setInterval(wait)
             timer.timeout.connect(look)
         events = self.viewer.layers.events
         for event in (events.inserted, events.removed, events.reordered, events.renamed):
             event.connect(self._list_layers)
         self.viewer.mouse_move_callbacks.append(self._on_move)
         self.viewer.dims.events.point.connect(self._on_move)
+        self.session.finished.connect(self._projected)
+        self.session.scan_changed.connect(self._residuals.clear)
         self._list_layers()
         self._attach()
 
@@ -160,6 +173,13 @@ class CompareDock(Scrolled):
         form.addRow("Reference", self.reference)
         form.addRow("Measured in", self.region)
         form.addRow("Data range", self.data_range)
+        self.fit_scale = QCheckBox("fit to the reference")
+        self.fit_scale.setToolTip(
+            "Fit scale and offset, for volumes of another unit: each is measured, and shown, times the scale and plus "
+            "the offset that bring it nearest to the reference in the field of view. It costs a copy of each in memory."
+        )
+        form.addRow("", self.fit_scale)
+        self.fit_scale.toggled.connect(lambda _: self._compare() if self.comparison is not None else None)
         self.reference.currentIndexChanged.connect(self._show_buttons)
         self.region.activated.connect(lambda _: self._measure())
         self.data_range.editingFinished.connect(self._range_edited)
@@ -232,7 +252,17 @@ class CompareDock(Scrolled):
             "of a layer also noise, cupping, and contrast to noise (CNR) against the first of them."
         )
         self.more.toggled.connect(lambda _: self._measure())
-        row = button_row(self.copy, self.csv, self.figure)
+        self.residuals = make_button(
+            "Residuals",
+            "Project each volume (or make k-space of it), and tell what it leaves of the scan that is open: "
+            "‖Ax − y‖ / ‖y‖, and the same over the noise.",
+            self._ask_for_residuals,
+        )
+        row = QHBoxLayout()
+        row.setSpacing(4)
+        for button, share in ((self.residuals, 5), (self.copy, 4), (self.csv, 4), (self.figure, 5)):
+            button.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Fixed)  # five do not widen the dock
+            row.addWidget(button, share)
         row.addWidget(self.more)
         inside.addLayout(row)
         self.results.hide()
@@ -248,18 +278,28 @@ class CompareDock(Scrolled):
         layout.addLayout(button_row(self.draw, self.clear))
         self.profile = Plot("over mm from its start")
         layout.addWidget(self.profile)
-        self.profile_section = _part("Along a line", inside)
+        self.profile_section = growing_section("Along a line", inside)
         return self.profile_section
 
     def _histogram_part(self) -> QWidget:
         self.histogram = Plot("voxels over value", log=True, height=130)
-        self.histogram_section = _part("Histogram", self.histogram)
+        self.histogram_section = growing_section("Histogram", self.histogram)
         self.histogram_section.toggled.connect(lambda _: self._count())
         return self.histogram_section
 
+    def _frequencies_part(self) -> QWidget:
+        self.frequencies = Frequencies()
+        self.frequencies_section = growing_section("Frequencies", self.frequencies)
+        self.frequencies_section.toggleButton().setToolTip(
+            "What each volume resolves (Fourier shell correlation with the reference), and the spectrum of its noise "
+            "where is measured."
+        )
+        self.frequencies_section.toggled.connect(lambda _: self._correlate())
+        return self.frequencies_section
+
     def _loupe_part(self) -> QWidget:
         self.loupe = Loupe()
-        self.loupe_section = _part("About the cursor, magnified", self.loupe)
+        self.loupe_section = growing_section("About the cursor, magnified", self.loupe)
         return self.loupe_section
 
     # -- which volumes ---------------------------------------------------------------------------------------------
@@ -273,9 +313,26 @@ class CompareDock(Scrolled):
     @property
     def chosen(self) -> list[Image]:
         """The layers that are ticked."""
-        items = [self.volumes.item(i) for i in range(self.volumes.count())]
-        ticked = [item for item in items if item is not None and item.checkState() == Qt.CheckState.Checked]
+        ticked = [item for item in self._items if item.checkState() == Qt.CheckState.Checked]
         return [item.data(Qt.ItemDataRole.UserRole) for item in ticked]
+
+    @property
+    def _items(self) -> list[QListWidgetItem]:
+        items = (self.volumes.item(i) for i in range(self.volumes.count()))
+        return [item for item in items if item is not None]
+
+    @property
+    def _listed(self) -> list[Image]:
+        return [item.data(Qt.ItemDataRole.UserRole) for item in self._items]
+
+    def _tick(self, layers: Sequence[Image]) -> None:
+        """Tick these layers and no others."""
+        self.volumes.blockSignals(True)
+        for item in self._items:
+            wanted = item.data(Qt.ItemDataRole.UserRole) in layers
+            item.setCheckState(Qt.CheckState.Checked if wanted else Qt.CheckState.Unchecked)
+        self.volumes.blockSignals(False)
+        self._ticked()
 
     def _list_layers(self, event: object = None) -> None:
         """Offer what there is, and keep to what was chosen; what is new is ticked while there is room."""
@@ -326,6 +383,7 @@ class CompareDock(Scrolled):
         self.draw.setEnabled(comparison is not None)
         self.clear.setEnabled(comparison is not None)
         self.differences.setEnabled(comparison is not None and comparison.reference is not None)
+        self.fit_scale.setEnabled(self.reference.currentData() is not None)
 
     def _ask_for_files(self) -> None:
         paths, _ = QFileDialog.getOpenFileNames(self, "Add volumes", "", FILES)
@@ -333,8 +391,32 @@ class CompareDock(Scrolled):
             chosen = Path(path)
             self.add_file(chosen.parent if chosen.name == "zarr.json" else chosen)
 
-    def add_file(self, path: Path) -> None:
-        """Open a volume's file as a layer, in a thread; a sentence tells if it cannot be."""
+    def compare_layers(self, layers: Sequence[Image], truth: Path | None = None) -> None:
+        """Compare just these layers; with the truth that a file holds, if any, and what they differ in from it."""
+        there = None if truth is None else next((x for x in self._listed if told_by(x).get("file") == str(truth)), None)
+        if truth is not None and there is None:
+            self.add_file(truth, TRUTH, lambda layer: self.compare_layers(layers, truth))
+            return
+        chosen = [layer for layer in layers if layer is not there][: MOST - (there is not None)]
+        self._leave()
+        self._tick([*chosen, *([] if there is None else [there])])
+        self.reference.setCurrentIndex(max(0, self.reference.findData(there)))
+        self.differences.setChecked(there is not None)
+        if self.compare.isEnabled():
+            self._compare()
+
+    def add_file(self, path: Path, name: str = "", then: Callable[[Image], None] = lambda _: None) -> None:
+        """Open a volume's file as a layer, in a thread; a sentence tells if it cannot be.
+
+        Parameters
+        ----------
+        path
+            Of the file.
+        name
+            Of the layer; empty takes the file's.
+        then
+            What is done with the layer.
+        """
         from napari_recon.jobs.volumes import read_volume
 
         def work() -> tuple[Volume, tuple[float, float] | None]:
@@ -342,9 +424,10 @@ class CompareDock(Scrolled):
             return volume, shown.contrast_limits(volume.data)
 
         self._say(f"Opening {path.name} …")
-        self.session._in_thread(f"add {path}", work, lambda read: self._add_layer(path, *read), self._sorry)
+        done: Callable[[Any], None] = lambda read: then(self._add_layer(path, name, *read))  # noqa: E731
+        self.session._in_thread(f"add {path}", work, done, self._sorry)
 
-    def _add_layer(self, path: Path, volume: Volume, limits: tuple[float, float] | None) -> None:
+    def _add_layer(self, path: Path, name: str, volume: Volume, limits: tuple[float, float] | None) -> Image:
         grid, made_by = volume.grid, volume.provenance
         told: dict[str, Any] = {"shows": "volume", "file": str(path)}
         if made_by:
@@ -353,13 +436,15 @@ class CompareDock(Scrolled):
         if volume.voxel_size is None and like:
             grid = shown.grid_of(like[0])
             show_info(f"{path.name} tells no voxel size: it is taken to lie where {like[0].name} lies.")
-        name = path.name.removesuffix(".ome.zarr") if path.name.endswith(".ome.zarr") else path.stem
-        layer = shown.volume_layer(name, volume.data, grid.scale, grid.translate, told)
+        stem = path.name.removesuffix(".ome.zarr") if path.name.endswith(".ome.zarr") else path.stem
+        layer = shown.volume_layer(name or stem, volume.data, grid.scale, grid.translate, told)
         if limits is not None:
             layer.contrast_limits_range, layer.contrast_limits = (min(0.0, limits[0]), 2 * limits[1]), limits
         self._say("")
-        layer.visible = self.comparison is None
+        # Amid a comparison, or where one follows, it would take a cell that is another's.
+        layer.visible = self.comparison is None and not name
         self.viewer.add_layer(layer)
+        return layer
 
     # -- the comparison --------------------------------------------------------------------------------------------
 
@@ -370,20 +455,23 @@ class CompareDock(Scrolled):
         if not self.session._warm:  # pint reads its units in a thread, and has none until then
             QTimer.singleShot(50, self._compare)
             return
+        differences, fitted = self.differences.isChecked(), self.fit_scale.isChecked()
         self._leave()
         chosen, reference = self.chosen, self.reference.currentData()
         self.rows = []
         try:
-            comparison = Comparison(self.viewer, chosen, reference, self.differences.isChecked())
+            comparison = Comparison(self.viewer, chosen, reference, differences and not fitted)
         except ScanError as error:
             self._sorry(error)
             return
         self.session.comparison = comparison
         self._attach()
         self.histogram.show_lines([])
+        self.frequencies.clear()
         _offer(self.on_left, comparison.layers, "")
         _offer(self.on_right, comparison.layers, "")
         self.on_right.setCurrentIndex(len(comparison.layers) - 1)
+        self.differences.setChecked(differences and reference is not None)
         self._bring()
 
     def _attach(self) -> None:
@@ -392,6 +480,7 @@ class CompareDock(Scrolled):
         if comparison is not None:
             comparison.changed.connect(self._changed)
             comparison.line_moved.connect(self._line_moved)
+            comparison.slice_moved.connect(self._slice_moved)
             comparison.curtain_moved.connect(self._curtain_moved)
             self.differences.setChecked(comparison.with_differences)
             for choice in (self.on_left, self.on_right):
@@ -412,6 +501,10 @@ class CompareDock(Scrolled):
                 self.curtain.setChecked(False)
                 self.curtain_part.hide()
                 self.profile.show_lines([])
+                self.frequencies.clear()
+                if self._projecting:
+                    self._projecting = []
+                    self.session.cancel()
                 self.session._in_thread("measures", lambda: None, lambda _: None)  # what is measured now is not shown
                 self._say("")
             else:
@@ -445,13 +538,43 @@ class CompareDock(Scrolled):
                     show_warning(sentence)
                 else:
                     comparison.take_array(layer, array)
-            self._measure()
+            self._fit()
 
         if missing:
             self._say("Resampling " + ", ".join(layer.name for layer in missing) + " …")
             self.session._in_thread("measures", work, done, self._sorry)
         else:
+            self._fit()
+
+    def _fit(self) -> None:
+        """Bring the volumes to the reference's unit, where that is asked for; then measure."""
+        comparison = self.comparison
+        assert comparison is not None
+        reference = comparison.reference
+        if not self.fit_scale.isChecked() or reference is None or reference not in comparison.arrays:
             self._measure()
+            return
+        truth, mask = comparison.arrays[reference], field_of_view(comparison.grid)
+        others = [layer for layer in comparison.layers if layer is not reference and layer in comparison.arrays]
+
+        def work() -> list[tuple[Image, NDArray[np.float32], float, float]]:
+            fitted = []
+            for layer in others:
+                array = comparison.arrays[layer]
+                scale, offset = fit_scale(array, truth, mask)
+                fitted.append((layer, np.float32(scale) * array + np.float32(offset), scale, offset))
+            return fitted
+
+        def done(fitted: list[tuple[Image, NDArray[np.float32], float, float]]) -> None:
+            if self.comparison is not comparison:
+                return
+            for each in fitted:
+                comparison.take_fit(*each)
+            comparison.show_differences(self.differences.isChecked())
+            self._measure()
+
+        self._say("Fitting scale and offset …")
+        self.session._in_thread("measures", work, done, self._sorry)
 
     # -- measures --------------------------------------------------------------------------------------------------
 
@@ -500,9 +623,7 @@ class CompareDock(Scrolled):
                 voxel_size=grid.scale,
                 background=found[0].name if where is not None and len(found) > 1 else None,
             )
-            told = told_by(layer).get("figures") or {}  # of the run that made it
-            known = {"residual": told["residual"]} if "residual" in told else {}
-            return found, [row | known for row in rows if row["volume"] == layer.name]
+            return found, [row | self._residual_of(layer) for row in rows if row["volume"] == layer.name]
 
         def begin(layer: Image) -> None:
             self._say(f"Measuring {layer.name} …")
@@ -521,8 +642,62 @@ class CompareDock(Scrolled):
             else:
                 self._say(self._summary())
                 self._count()
+                self._correlate()
 
         begin(waiting[0])
+
+    def _residual_of(self, layer: Image) -> Row:
+        """What was found when it was projected, or else by the run that made it."""
+        told = told_by(layer).get("figures") or {}
+        return self._residuals.get(layer) or ({"residual": told["residual"]} if "residual" in told else {})
+
+    def _ask_for_residuals(self) -> None:
+        """Let the process project volume after volume; each residual comes into the table as it is there."""
+        comparison, scan = self.comparison, self.session.scan
+        if comparison is None or scan is None:
+            show_warning("There is no scan to project the volumes for: open theirs in the Scan dock.")
+            return
+        if self.session.state != "idle":
+            show_warning("A job runs already: press Finish or Cancel first.")
+            return
+        layers = self.viewer.layers
+        could = phase_of if scan.kind == "mri" else lambda layer, _: can_be_judged_on(layer)
+        self._projecting = [layer for layer in comparison.layers if could(layer, layers)]
+        without = [layer.name for layer in comparison.layers if layer not in self._projecting]
+        if without:
+            why = "have no phase" if scan.kind == "mri" else "are no volumes of cubic voxels in mm"
+            show_warning(f"{', '.join(without)} {why}, so they have no residual.")
+        self._project()
+
+    def _project(self) -> None:
+        scan = self.session.scan
+        if not self._projecting or scan is None or self.session.state != "idle":
+            self._projecting = []
+            return
+        layer = self._projecting[0]
+        placed = {} if scan.kind == "mri" else {"shape": layer.data.shape, "voxel_size": float(layer.scale[0])}
+        self._say(f"Projecting {layer.name} …")
+        self.session.run(DataConsistencyJob(scan=scan.path, options=scan.options, **placed), layer, quietly=True)
+
+    def _projected(self, message: object) -> None:
+        """A job ended; if it was for a residual, it comes into the table, and the next volume's turn has come."""
+        if not self._projecting or not isinstance(self.session.job, DataConsistencyJob):
+            return
+        layer = self._projecting.pop(0)
+        if not isinstance(message, Finished) or not message.complete:
+            self._projecting = []
+        else:
+            self._residuals[layer] = {key: message.figures[key] for key in RESIDUALS if key in message.figures}
+            self.rows = [
+                {key: full[key] for key in columns([full])}
+                for row in self.rows
+                for full in (row | self._residuals[layer] if row["volume"] == layer.name else row,)
+            ]
+            self._show_table()
+        if self._projecting:
+            QTimer.singleShot(0, self._project)
+        elif self.comparison is not None:
+            self._say(self._summary())
 
     def _summary(self) -> str:
         """What the figures are worth: range, region, and what was resampled."""
@@ -541,6 +716,9 @@ class CompareDock(Scrolled):
             of = comparison.reference or comparison.layers[0]
             verb = "was" if len(comparison.resampled) == 1 else "were"
             said.append(f"{', '.join(comparison.resampled)} {verb} resampled onto the grid of {of.name}.")
+        if comparison.fits and comparison.reference is not None:
+            fitted = [f"{layer.name} × {a:.3g} {b:+.3g}" for layer, (a, b) in comparison.fits.items()]
+            said.append(f"Brought to the unit of {comparison.reference.name}: {', '.join(fitted)}.")
         if comparison.reference is None:
             said.append("Without a reference there are no PSNR, SSIM and NRMSE.")
         return " ".join(said)
@@ -592,7 +770,7 @@ class CompareDock(Scrolled):
             return several
         if self.more.isChecked() or not measured:
             return True
-        return key in SHORT or (several and key == "contrast_to_noise")
+        return key in SHORT or (several and key == "contrast_to_noise") or (key == "residual" and bool(self._residuals))
 
     def _copy(self) -> None:
         """The table as it is shown, cells between tabs."""
@@ -686,6 +864,10 @@ class CompareDock(Scrolled):
         if not self._profile_due.isActive():
             self._profile_due.start()
 
+    def _slice_moved(self) -> None:
+        """The curves are drawn when the slider rests: amid its way they would make every slice late."""
+        self._rest.start()
+
     def _show_profile(self) -> None:
         """The values of all volumes along the line, and how wide its largest edge is."""
         comparison = self.comparison
@@ -723,6 +905,39 @@ class CompareDock(Scrolled):
         arrays = [array for _, array, _ in lines]
         self.session._in_thread("histogram", lambda: histogram(arrays, mask), done, self._sorry)
 
+    def _correlate(self) -> None:
+        """The frequencies of volume after volume, in a thread, where they can be seen."""
+        comparison = self.comparison
+        if comparison is None or not self._regions or not self.frequencies_section.isExpanded():
+            return
+        lines, reference, plots = self._lines(), comparison.reference, self.frequencies
+        grid, region, view = comparison.grid, self._regions[0], field_of_view(comparison.grid)
+        halves = reference is None and len(lines) == 2
+        other = lines[1][1] if halves else None if reference is None else comparison.arrays[reference]
+        waiting = lines[:1] if halves else [line for line in lines if line[0] is not reference]
+        plots.clear("Correlating …")
+
+        def begin() -> None:
+            layer, array, shade = waiting.pop(0)
+            name = "half their difference" if halves and not region.uniform else layer.name
+            work = functools.partial(spectra, array, other, grid, view, region, halves)
+            self.session._in_thread("frequencies", work, functools.partial(done, name, shade), sorry)
+
+        def done(name: str, shade: str, found: Spectra) -> None:
+            if self.comparison is not comparison:
+                return
+            plots.add(name, shade, found, halves)
+            if waiting:
+                begin()
+            else:
+                plots.say_what_they_are(region, None if reference is None else reference.name, halves)
+
+        def sorry(error: Exception) -> None:
+            plots.clear()
+            self._sorry(error)
+
+        begin()
+
     def _on_move(self, *_: object) -> None:
         """The cursor moved, or the slice beneath it."""
         try:
@@ -741,7 +956,9 @@ class CompareDock(Scrolled):
         place = np.array(viewer.cursor.position[-3:], dtype=float)
         voxel = (place - np.array(grid.translate)) / np.array(grid.scale)
         displayed = [axis - more for axis in viewer.dims.displayed]
-        found = [(layer, around(array, layer, tuple(voxel), displayed)) for layer, array, _ in self._lines()]
+        # Arrays that were brought to the reference's unit are seen with its contrast.
+        like = comparison.reference if comparison.fits else None
+        found = [(layer, around(array, like or layer, tuple(voxel), displayed)) for layer, array, _ in self._lines()]
         pictures = [(layer.name, picture) for layer, picture in found if picture is not None]
         if pictures:
             self.loupe.show_pictures(pictures)
@@ -757,6 +974,37 @@ class CompareDock(Scrolled):
         if isinstance(error, ScanError):
             self._say(str(error), error=True)
         self.session._report(error)
+
+
+def compare_results(session: Session, beside: QWidget) -> CompareDock:
+    """Open the Compare dock, and compare what the last reconstruction showed, with the truth where the scan has one.
+
+    Parameters
+    ----------
+    session
+        The viewer's.
+    beside
+        A widget in a dock: a Compare dock that is new shares its place, as a tab in front of it.
+
+    Returns
+    -------
+    The dock. Where there are no two volumes it waits for a choice.
+    """
+    window = session.viewer.window
+    frame, dock = window.add_plugin_dock_widget("napari-recon", "Compare", tabify=False)
+    here = frame_of(beside)
+    if here is not None and frame not in window._qt_window.tabifiedDockWidgets(here):
+        window._qt_window.tabifyDockWidget(here, frame)
+    frame.show()
+    frame.raise_()
+    layers = [layer for layer in session.viewer.layers if can_be_compared(layer) and "volume" in told_by(layer)]
+    last = next((told_by(layer)["job"] for layer in reversed(layers) if told_by(layer)["volume"] == "result"), None)
+    scan = session.scan
+    dock.compare_layers(
+        [layer for layer in layers if told_by(layer)["job"] == last],
+        scan.truth if scan is not None and last is not None else None,
+    )
+    return dock
 
 
 def _choice(tip: str) -> QComboBox:
@@ -778,15 +1026,6 @@ def _offer(combo: QComboBox, choices: Sequence[Any], none: str) -> None:
         if choice is before:
             combo.setCurrentIndex(combo.count() - 1)
     combo.blockSignals(False)
-
-
-def _part(title: str, widget: QWidget) -> QCollapsible:
-    """A part that is folded away until it is asked for, and then as tall as what is in it becomes."""
-    part = section(title, widget)
-    widget.removeEventFilter(part)  # else superqt bounds it by what it was when it was opened
-    part.setDuration(0)
-    part.toggled.connect(lambda opened: part.content().setMaximumHeight(UNBOUNDED if opened else 0))
-    return part
 
 
 def _number(key: str, value: Any) -> str:

@@ -35,7 +35,7 @@ class Line:
     Attributes
     ----------
     label
-        What the legend says.
+        What the legend says; empty for a line that it does not name.
     x, y
         Its points.
     colour
@@ -115,7 +115,7 @@ class Plot(QWidget):
         self.lines = list(lines)
         self.curve.show_lines(self.lines)
         words = []
-        for line in self.lines:
+        for line in (line for line in self.lines if line.label):
             sign = "━" if line.colour else "╍"
             words.append(f"<span style='color:{line.colour or colour('text')}'>{sign} {html.escape(line.label)}</span>")
         self.legend.setText("<br>".join(words))

@@ -14,6 +14,9 @@ LayerData = tuple[Any, dict[str, Any], str]
 VOLUMES = tuple(ending for ending in ENDINGS if ending not in FORMATS["TIFF"])
 """What the volumes end with that are read here; TIFF is everybody's."""
 
+LARGE = 2**29
+"""Bytes from which on an OME-Zarr volume stays in its file, and is read where it is looked at."""
+
 SYNTHETIC: dict[str, tuple[str, dict[str, Any]]] = {
     "few-view-walnut": ("Textured walnut, 10 views", {"kind": "textured-walnut", "size": 96, "views": 10}),
     "synthetic-head": ("Synthetic head", {"kind": "head", "size": 64, "views": 60}),
@@ -140,24 +143,33 @@ def _session(where: Any) -> list[Any]:
 
 def _volume(where: Any) -> list[Any]:
     """A volume's layer, which tells how it was made where the file does."""
-    from napari_recon.jobs.volumes import read_volume
+    from napari_recon.jobs.volumes import ZarrVolume, read_volume
     from napari_recon.widgets import layers as shown
 
     path = Path(where if isinstance(where, str) else where[0])
-    volume = read_volume(path)
-    made_by = volume.provenance
-    told = (
-        {"shows": "volume", "job": made_by.get("job") or {}, "volume": "result", "provenance": made_by}
-        if made_by
-        else {}
-    )
     name = next(path.name[: -len(ending)] for ending in ENDINGS if path.name.lower().endswith(ending))
+    if path.name.lower().rstrip("/").endswith(".ome.zarr") and path.is_dir():
+        in_file = ZarrVolume.open(path)
+        if in_file.levels[0].size * 4 > LARGE:
+            layer = shown.file_layer(name, in_file, _told(in_file.provenance))
+            if not in_file.provenance:
+                del layer.metadata[shown.KEY]
+            return [layer.as_layer_data_tuple()]
+    volume = read_volume(path)
+    told = _told(volume.provenance)
     layer = shown.volume_layer(name, volume.data, volume.grid.scale, volume.grid.translate, told)
     if not told:
         del layer.metadata[shown.KEY]
     if (limits := shown.contrast_limits(volume.data)) is not None:
         layer.contrast_limits_range = layer.contrast_limits = limits
     return [layer.as_layer_data_tuple()]
+
+
+def _told(made_by: dict[str, Any]) -> dict[str, Any]:
+    """What the metadata of a volume's layer tell; nothing of a volume that is not ours."""
+    if not made_by:
+        return {}
+    return {"shows": "volume", "job": made_by.get("job") or {}, "volume": "result", "provenance": made_by}
 
 
 def write_volume(path: str, data: Any, attributes: dict[str, Any]) -> list[str]:

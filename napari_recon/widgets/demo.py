@@ -1,4 +1,7 @@
-"""The demo: both docks, a scan with few views, FDK at once, then the learned reconstruction live, patch by patch."""
+"""The demo: both docks, a scan with few views, FDK at once, then the learned reconstruction live, patch by patch.
+
+It can go on to the comparison of the two with the truth, which the dock's button *Compare* shows.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +9,36 @@ import sys
 from pathlib import Path
 
 import napari
+from PIL import Image as Picture
 from qtpy.QtCore import Qt, QTimer
 
 from napari_recon.jobs.job import UnrolledParameters
 from napari_recon.jobs.messages import Failed
+from napari_recon.widgets.compare_dock import CompareDock
 from napari_recon.widgets.contributions import sample_path
 from napari_recon.widgets.reconstruct_dock import METHODS, ReconstructDock
 from napari_recon.widgets.scan_dock import ScanDock
 from napari_recon.widgets.session import Session
+from napari_recon.widgets.style import frame_of
 
-SIZE = (1600, 1000)
+SIZE, SIZE_OF_COMPARISON = (1600, 1000), (1600, 900)
+SETTLE = 1500
+"""Milliseconds after which nothing in the window moves any more."""
+LINE = -0.16
+"""Where the comparison's line lies in the slice, relative to its height: through the kernel."""
 PATIENCE = 600
 """Seconds after which a screenshot is taken of what there is."""
 
 
-def run_demo(screenshot: Path | None = None, sample: str = "few-view-walnut") -> int:
+def run_demo(screenshot: Path | None = None, compare: bool = False, sample: str = "few-view-walnut") -> int:
     """Open napari and reconstruct a sample scan before the person's eyes.
 
     Parameters
     ----------
     screenshot
         Where to save a picture of the window once the run has ended; then napari closes. None leaves it open.
+    compare
+        Whether to go on to the comparison with the truth.
     sample
         The sample scan's name.
 
@@ -35,7 +47,7 @@ def run_demo(screenshot: Path | None = None, sample: str = "few-view-walnut") ->
     The process's exit status: 0, or 1 if the reconstruction failed (its sentence is on stderr).
     """
     viewer = napari.Viewer(title="napari-recon", show_welcome_screen=False)
-    demo = Demo(viewer, screenshot)
+    demo = Demo(viewer, screenshot, compare)
     demo.session.open(sample_path(sample))
     napari.run()
     return demo.status
@@ -44,8 +56,8 @@ def run_demo(screenshot: Path | None = None, sample: str = "few-view-walnut") ->
 class Demo:
     """The steps of the demo, each started by the session's signal that the last is done."""
 
-    def __init__(self, viewer: napari.Viewer, screenshot: Path | None = None) -> None:
-        self.viewer, self.screenshot, self.status = viewer, screenshot, 0
+    def __init__(self, viewer: napari.Viewer, screenshot: Path | None = None, compare: bool = False) -> None:
+        self.viewer, self.screenshot, self.status, self.compare = viewer, screenshot, 0, compare
         self.session = Session.of(viewer)
         self.docks = arrange(viewer)
         self.session.scan_changed.connect(self._run)
@@ -68,12 +80,48 @@ class Demo:
         if isinstance(message, Failed):
             self.status = 1
             print(message.text, file=sys.stderr)
+        elif self.compare:
+            QTimer.singleShot(500, self._make_room)
+            return
+        self._end()
+
+    def _make_room(self) -> None:
+        """Of the picture of a comparison, which is about the volumes: what else the window holds is folded away."""
         if self.screenshot is not None:
-            QTimer.singleShot(500, self._take_picture)  # when the last patch has been drawn
+            canvas = self.viewer.window._qt_viewer
+            for part in (canvas.dockLayerList, canvas.dockLayerControls, frame_of(self.docks[0])):
+                if part is not None:
+                    part.hide()
+            self.viewer.window.resize(*SIZE_OF_COMPARISON)
+        QTimer.singleShot(200, self._press_compare)  # when the canvas has its size
+
+    def _press_compare(self) -> None:
+        self.docks[1].compare.click()
+        self._wait_for_measures()
+
+    def _wait_for_measures(self) -> None:
+        _, dock = self.viewer.window.add_plugin_dock_widget("napari-recon", "Compare")
+        assert isinstance(dock, CompareDock)
+        if not dock.rows or "…" in dock.status.text():
+            QTimer.singleShot(100, self._wait_for_measures)
+            return
+        if self.screenshot is not None and dock.comparison is not None:
+            dock.profile_section.expand(animate=False)
+            _, tall, wide = dock.comparison.grid.extent
+            dock.comparison.draw_line((0.0, LINE * tall, -0.41 * wide), (0.0, LINE * tall, 0.41 * wide))
+            for layer in dock.comparison.layers:
+                layer.interpolation2d = "linear"  # few voxels on many pixels
+        self._end()
+
+    def _end(self) -> None:
+        if self.screenshot is not None:
+            QTimer.singleShot(SETTLE, self._take_picture)  # when the last patch has been drawn, and the docks laid out
 
     def _take_picture(self) -> None:
         assert self.screenshot is not None
-        self.viewer.screenshot(str(self.screenshot), canvas_only=False, flash=False)
+        pixels = self.viewer.screenshot(canvas_only=False, flash=False)
+        picture = Picture.fromarray(pixels[..., :3]).quantize(256)  # for a page, in a third of the bytes
+        picture.save(self.screenshot, format="png", optimize=True)
         self.viewer.close()
 
 

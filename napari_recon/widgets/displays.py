@@ -264,9 +264,30 @@ class ReconstructionDisplay(Display):
         if message.name == "iterates":
             self._kept, self._behind = message.box[0].stop, True
             self._every = max(1, message.step // max(1, self._kept - 1))
+        if message.name == "slabs" and message.step and message.step % 100 == 0:
+            self._show_file()
         super().progressed(message)
         if (phase := self.live.get(message.name + PHASE)) is not None:
             phase.changed(message.box)
+
+    def _show_file(self) -> None:
+        """A run in slabs has no volume in memory: its layer shows the file, as far as that has grown."""
+        from napari_recon.jobs.volumes import ZarrVolume
+
+        layer = self.layers.get("result")
+        if isinstance(layer, Image):
+            if layer.contrast_limits == [0.0, 1.0]:  # so far there was nothing to see
+                shown.find_contrast(layer)
+            layer.refresh()
+            return
+        assert self.job.output is not None
+        volume = ZarrVolume.open(self.job.output)
+        volumetric = self.view != "slices" and min(volume.levels[0].shape) >= THIN
+        self._begin([], (1, 1), 3 if volumetric else 2)
+        layer = shown.file_layer(method_name(self.job), volume, self._told("result", "volume"))
+        shown.cut_open(layer, self.view == "cut")
+        self._add("result", layer)
+        shown.look_at(self.viewer, [layer], (1, 1), fill=1.15 if self.viewer.dims.ndisplay == 3 else 0.96)
 
     def _show_iterates(self) -> None:
         """Bring the layer of the iterates up to what was kept.
@@ -306,6 +327,10 @@ class ReconstructionDisplay(Display):
         """The iterates that were kept take the result's place, the last one first."""
         self._show_iterates()
         result, layer = self.layers.get("result"), self.layers.get("iterates")
+        if isinstance(result, Image) and "result" not in self.live and isinstance(message, Finished):  # it is in a file
+            shown.find_contrast(result)
+            result.metadata[shown.KEY] |= {"provenance": message.provenance, "figures": message.figures}
+            result.refresh()
         if layer is not None and result is not None:
             result.visible, layer.visible = False, result.visible or layer.visible
             if isinstance(message, Finished):
@@ -353,7 +378,10 @@ class ReconstructionDisplay(Display):
 
 
 class NothingShown(Display):
-    """The display of a job that has no volumes."""
+    """The display of a job that has no volumes, or whose volumes nobody asked to see."""
+
+    def show(self, message: VolumeReady, array: NDArray[np.float32]) -> None:
+        """Nothing is shown of it."""
 
 
 class CoilMapsDisplay(Display):

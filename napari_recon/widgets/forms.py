@@ -67,7 +67,7 @@ class NumberBox(QDoubleSpinBox):
         return (QValidator.State.Acceptable if inside else QValidator.State.Intermediate), text, position
 
 
-class _WheelGuard(QObject):
+class WheelGuard(QObject):
     """Keeps the mouse wheel from changing a value that is only scrolled past."""
 
     def eventFilter(self, watched: QObject | None, event: QEvent | None) -> bool:
@@ -373,7 +373,7 @@ class ModelForm(QWidget, Generic[Model]):
         super().__init__(parent)
         self.model = model
         self.editors: dict[str, Editor] = {}
-        self._guard = _WheelGuard(self)
+        self._guard = WheelGuard(self)
         layout = QFormLayout(self)
         layout.setContentsMargins(0, 0, 0, 0)
         layout.setFieldGrowthPolicy(QFormLayout.FieldGrowthPolicy.ExpandingFieldsGrow)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from napari.layers import Layer
     from napari.viewer import Viewer
 
+    from napari_recon.jobs.volumes import ZarrVolume
     from napari_recon.scans.geometry import Geometry
     from napari_recon.scans.kspace import KSpaceScan
     from napari_recon.scans.scan import Scan
@@ -85,6 +86,47 @@ def volume_layer(
     )
     show_name(layer)
     return layer
+
+
+def file_layer(name: str, volume: ZarrVolume, metadata: dict[str, Any]) -> Image:
+    """A volume that stays in its file, as a layer: a slice is read where one is looked at, in the resolution it takes.
+
+    In 3D napari shows the coarsest resolution, which has 128 voxels along an edge at most, unless the person locks it
+    to another.
+    """
+    import dask.array as da  # what napari cuts slices out of before anything is read
+
+    levels = [da.from_array(level, chunks=level.chunks, name=False) for level in volume.levels]
+    edges = volume.scale or [1.0] * 3
+    aspect = tuple(edge / edges[0] for edge in edges)
+    grid = Grid(volume.levels[0].shape, edges[0], volume.center, (aspect[0], aspect[1], aspect[2]))
+    layer = Image(
+        levels if len(levels) > 1 else levels[0],
+        multiscale=len(levels) > 1,
+        cache=False,  # the file may grow
+        name=name,
+        scale=grid.scale,
+        translate=grid.translate,
+        axis_labels=("z", "y", "x"),
+        units=("mm",) * 3,
+        contrast_limits=(0.0, 1.0),  # else napari reads all of a resolution
+        colormap="magma",
+        rendering="attenuated_mip",
+        attenuation=0.5,
+        metadata={KEY: metadata},
+    )
+    show_name(layer)
+    find_contrast(layer)
+    return layer
+
+
+def find_contrast(layer: Image) -> bool:
+    """Set the contrast limits from the coarsest resolution that there is; whether it held anything."""
+    coarsest = np.asarray(layer.data[-1] if layer.multiscale else layer.data)
+    if (limits := contrast_limits(coarsest)) is None:
+        return False
+    layer.contrast_limits_range = layer.contrast_limits = limits
+    return True
 
 
 def show_name(layer: Layer, size: float = 13) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from napari.layers import Image
 from napari.utils.notifications import show_warning
 from pydantic import BaseModel, ValidationError
-from qtpy.QtCore import Qt
+from qtpy.QtCore import Qt, QTimer
 from qtpy.QtGui import QStandardItemModel
 from qtpy.QtWidgets import (
     QAbstractSpinBox,
@@ -39,6 +39,7 @@ from napari_recon.jobs.job import (
     ReconstructionJob,
     RegularizationJob,
     ResolutionJob,
+    SweepJob,
     TVParameters,
     UnrolledParameters,
 )
@@ -52,13 +53,16 @@ from napari_recon.learning.weights import (
     read_header,
 )
 from napari_recon.scans.errors import ScanError
+from napari_recon.widgets.compare_dock import compare_results
 from napari_recon.widgets.curve import Convergence
 from napari_recon.widgets.displays import LAYER, METHOD_NAMES, phase_of, start_layer, told_by
 from napari_recon.widgets.forms import BROWSE, ModelForm, with_browse
-from napari_recon.widgets.job_dock import JobDock, button_row, make_button
+from napari_recon.widgets.frequencies import ResolutionPlot
+from napari_recon.widgets.job_dock import JobDock, button_row, duration, make_button
 from napari_recon.widgets.operator_displays import can_be_judged_on
 from napari_recon.widgets.result_menu import ResultMenu
-from napari_recon.widgets.style import colour, section
+from napari_recon.widgets.style import colour, growing_section, section
+from napari_recon.widgets.sweep_panel import SweepPanel
 
 if TYPE_CHECKING:
     import napari.viewer
@@ -88,7 +92,8 @@ class ReconstructDock(JobDock):
     """Runs reconstructions of the session's scan."""
 
     def __init__(self, napari_viewer: napari.viewer.Viewer) -> None:
-        super().__init__(napari_viewer, ReconstructionJob, DataConsistencyJob, RegularizationJob, ResolutionJob)
+        others = (DataConsistencyJob, RegularizationJob, ResolutionJob, SweepJob)
+        super().__init__(napari_viewer, ReconstructionJob, *others)
         layout = self.content
         layout.addWidget(self.subject)
 
@@ -148,6 +153,14 @@ class ReconstructDock(JobDock):
         layout.addWidget(self.status)
         self.curve = Convergence(self._forget_runs)
         layout.addWidget(self.curve)
+        self.sweep = SweepPanel(self.session, self.job, self.take_value)
+        self.sweep.changed.connect(self._edited)
+        self.sweep.grown.connect(lambda: QTimer.singleShot(200, self._show_strip))
+        self.sweep_section = growing_section("Try values of a parameter", self.sweep)
+        self.sweep_section.toggled.connect(self.sweep.unfold)
+        layout.addWidget(self.sweep_section)
+        self.resolved = ResolutionPlot(self.session)
+        layout.addWidget(self.resolved)
         self.check = make_button(
             "Check against data",
             "Project the selected volume (or else the last result), or make k-space of it, and show it beside what was "
@@ -162,7 +175,13 @@ class ReconstructDock(JobDock):
         )
         self.result = ResultMenu(self.session, self.take)
         layout.addLayout(button_row(self.check, self.resolution))
-        layout.addLayout(button_row(self.result))
+        self.compare = make_button(
+            "Compare",
+            "Put what the last run showed into one grid, with the truth where the scan has one, and measure it: what "
+            "is better, where, and by how much.",
+            lambda: compare_results(self.session, self),
+        )
+        layout.addLayout(button_row(self.compare, self.result))
         layout.addStretch(1)
 
         self.session.operator_file_changed.connect(self._use_operator)
@@ -214,6 +233,20 @@ class ReconstructDock(JobDock):
             if name == "device" or scan is None or scan.kind == "x-ray":
                 editor.put(getattr(job, name))
         self._edited()
+
+    def take_value(self, sweep: SweepJob, value: float) -> str:
+        """Put a value that a sweep tried into the forms, or let the scan be read so; says what was done."""
+        scan = self.session.scan
+        if sweep.parameter == "views":
+            if self.session.state != "idle" or scan is None:
+                return "A job reads the scan: wait until it ends, then choose again."
+            self.session.set_options(scan.options.model_copy(update={"views": int(value)}))
+            return f"The scan is read with {value:g} views now: press Run."
+        index = METHODS.index(type(sweep.parameters))
+        self.method.setCurrentIndex(index)
+        self.forms[index].editors[sweep.parameter].put(value)
+        title = METHODS[index].model_fields[sweep.parameter].title
+        return f"{title} is {value:g} in the form now" + (": press Run." if self.session.state == "idle" else ".")
 
     def _choose_method(self, _: int = 0) -> None:
         index = self.method.currentIndex()
@@ -484,6 +517,7 @@ class ReconstructDock(JobDock):
         if self.tuning:
             self._tune()
         super()._ask_for_plan()
+        self.sweep.refresh()
 
     # -- showing ---------------------------------------------------------------------------------------------------
 
@@ -499,12 +533,35 @@ class ReconstructDock(JobDock):
         for button in (self.check, *self.suggest):
             button.setEnabled(state == "idle" and scan is not None)
         self.resolution.setEnabled(state == "idle" and scan is not None and scan.kind == "x-ray")
+        self.sweep.show_state(state)
         super()._show_state(state)
 
     def _show_progress(self, _: object = None) -> None:
         super()._show_progress()
+        if isinstance(self.session.job, SweepJob) and self.session.state == "running":
+            self._show_sweep(self.session.job)
         if self.mine and self.session.state != "idle":
             self._show_curves(at_once=False)
+
+    def _show_sweep(self, job: SweepJob) -> None:
+        """How far a sweep is in all."""
+        progress, display = self.session.progress, self.session.sweep
+        rows = [] if display is None else display.rows
+        words, part = [f"value {min(len(rows) + 1, len(job.values))} of {len(job.values)}", self.session.stage], 0.0
+        if progress is not None and progress.name != "sweep":
+            part = progress.step / max(1, progress.total)
+            words.append(f"step {progress.step} of {progress.total}")
+        if rows:
+            mean = sum(row.get("seconds", 0.0) for row in rows) / len(rows)
+            words.append(f"{duration(mean * max(0.0, len(job.values) - len(rows) - part))} left")
+        self.progress.setRange(0, 100 * len(job.values))
+        self.progress.setValue(round(100 * (len(rows) + part)))
+        self.status.setText(", ".join(words))
+
+    def _show_strip(self) -> None:
+        """Scroll to where the pictures of a sweep come."""
+        with contextlib.suppress(RuntimeError):  # the dock is being deleted
+            self.ensureWidgetVisible(self.sweep.said, 0, 8)
 
     def _show_end(self, message: object) -> None:
         super()._show_end(message)
@@ -522,8 +579,12 @@ class ReconstructDock(JobDock):
             return [consistency_sentence(message.figures)]
         if isinstance(message, Finished) and isinstance(self.session.job, RegularizationJob):
             return [message.provenance["suggestion"]["sentence"]]
+        if isinstance(message, Finished) and isinstance(self.session.job, SweepJob):
+            best = message.figures.get("best")
+            words[1:1] = [] if best is None else [f"best PSNR with {best:g}"]
+            return words
         if isinstance(message, Finished) and isinstance(self.session.job, ResolutionJob):
-            return [message.provenance["resolution"]["sentence"], *words[1:]]
+            return [message.provenance["resolution"]["sentence"].rstrip("."), *words[1:]]
         if isinstance(message, Finished):
             found = [(label, form, message.figures[n]) for n, (label, form) in FIGURES.items() if n in message.figures]
             words[1:1] = [f"{label} {form.format(value)}" for label, form, value in found]

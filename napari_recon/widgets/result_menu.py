@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from napari.layers import Image
 from napari.utils.notifications import show_error, show_info, show_warning
+from qtpy.QtCore import Qt
 from qtpy.QtGui import QAction, QGuiApplication
 from qtpy.QtWidgets import QFileDialog, QMenu, QPushButton, QSizePolicy
 
@@ -16,6 +17,8 @@ from napari_recon.jobs.provenance import command_line, not_repeated, python_code
 from napari_recon.jobs.volumes import ENDINGS, FORMATS
 from napari_recon.scans.errors import ScanError
 from napari_recon.widgets.displays import LAYER, can_be_exported, start_layer, told_by
+from napari_recon.widgets.movie import ENDINGS as MOVIES
+from napari_recon.widgets.movie import write_movie
 
 if TYPE_CHECKING:
     from napari.layers import Layer
@@ -75,6 +78,12 @@ class ResultMenu(QPushButton):
             "Half as large: whole numbers, with the scale that makes values of them again.",
             lambda: self._export(16),
         )
+        self.movie = action(
+            "Movie …",
+            "Turn what is shown once about its axis, or in 2D go through the slices, and write that as .mp4 or .gif; "
+            "by napari-animation, if it is installed.",
+            self._make_movie,
+        )
         menu.aboutToShow.connect(self.refresh)
         self.setMenu(menu)
         self.refresh()
@@ -102,7 +111,7 @@ class ResultMenu(QPushButton):
         self.settings.setEnabled(job is not None and idle)
         for action in (self.as_command, self.as_python):
             action.setEnabled(job is not None)
-        for action in (self.export, self.export_16):
+        for action in (self.export, self.export_16, self.movie):
             action.setEnabled(layer is not None)
 
     # -- what it does ----------------------------------------------------------------------------------------------
@@ -144,6 +153,21 @@ class ResultMenu(QPushButton):
     def _tell_what_is_not_repeated(self, layer: Layer) -> None:
         for sentence in not_repeated(told_by(layer).get("provenance") or {}):
             show_warning(sentence)
+
+    def _make_movie(self) -> None:
+        path, _ = QFileDialog.getSaveFileName(self, "Write a movie of what is shown", "", "Movies (*.mp4 *.gif)")
+        if not path:
+            return
+        where = Path(path) if path.lower().endswith(MOVIES) else Path(path + MOVIES[0])
+        QGuiApplication.setOverrideCursor(Qt.CursorShape.WaitCursor)
+        try:
+            write_movie(self.session.viewer, where)
+        except ScanError as error:
+            show_error(str(error))
+        else:
+            show_info(f"The movie was written to {where}.")
+        finally:
+            QGuiApplication.restoreOverrideCursor()
 
     def _export(self, bits: Literal[16] | None) -> None:
         layer = self.layer

@@ -120,10 +120,12 @@ class WorkerLike(Protocol):
 
 
 def with_volume(job: Job, path: Path) -> Job:
-    """The job with a file for the volume that it asks for: an operator's x, what is projected, or PADMM's start."""
+    """The job with a file for the volume it asks for: an operator's x, what is projected, a start, a reference."""
     if isinstance(job, ReconstructionJob):
         parameters = job.parameters.model_copy(update={"start": str(path)})
         return job.model_copy(update={"parameters": parameters})
+    if isinstance(job, SweepJob):
+        return job.model_copy(update={"reference": path})
     return job.model_copy(update={"volume": path})
 
 
@@ -165,6 +167,8 @@ class Session(QObject):
         The normal operator that was fitted or loaded last, or is now, with its layers.
     patch
         The what-if on a patch that ran last, or runs now, with its layers.
+    sweep
+        The sweep that ran last, or runs now, with its layers and what is told of its values.
     place_moved
         Whether the person chose another place since the last what-if.
     operator_file
@@ -220,6 +224,8 @@ class Session(QObject):
         self.display: Display | None = None
         self.operator: OperatorDisplay | None = None
         self.patch: PatchDisplay | None = None
+        self.sweep: PartsDisplay | None = None
+        self._last_sweep: PartsDisplay | None = None
         self.operator_file: str | None = None
         self.training: TrainingDisplay | None = None
         self.weights_file: str | None = None
@@ -286,7 +292,7 @@ class Session(QObject):
         for watched in (self._window, self._canvas):
             with contextlib.suppress(RuntimeError):  # deleted
                 watched.removeEventFilter(self)
-        for display in (self.display, self.operator, self.patch, self.training, self.comparison):
+        for display in (self.display, self.operator, self.patch, self.sweep, self.training, self.comparison):
             if display is not None:
                 display.close()
         self.viewer.layers.events.inserted.disconnect(self._on_layer_inserted)
@@ -296,6 +302,7 @@ class Session(QObject):
         self.worker.close()
         self._forget_handed_over()
         self.display = self.operator = self.patch = self.training = self._former = None
+        self.sweep = self._last_sweep = None
         del self.viewer, self._window, self._canvas
 
     # -- work off the event loop -----------------------------------------------------------------------------------
@@ -504,7 +511,7 @@ class Session(QObject):
             scan = None
         self._in_thread("plan " + type(job).__name__, lambda: plan_memory(job, scan), done, failed)
 
-    def run(self, job: Job, x: Image | None = None, steered: bool = True) -> None:
+    def run(self, job: Job, x: Image | None = None, steered: bool = True, quietly: bool = False) -> None:
         """Run a job; its volumes become layers as they come.
 
         Parameters
@@ -513,19 +520,21 @@ class Session(QObject):
             The job.
         x
             A layer that the job is to take as its volume (an :class:`OperatorJob` judges the operator on it, a
-            :class:`DataConsistencyJob` projects it, a PADMM starts from it): it is handed over as a file, with its
-            phase where k-space is made of it.
+            :class:`DataConsistencyJob` projects it, a PADMM starts from it, a :class:`SweepJob` compares with it): it
+            is handed over as a file, with its phase where k-space is made of it.
         steered
             Whether patches are computed where the person looks. What overlaps is then added in another order, and
             rounding differs.
+        quietly
+            Whether only its figures are wanted: what the viewer shows, a comparison too, stays as it is.
         """
         if self.state != "idle":
             show_warning("A job runs already: press Finish or Cancel first.")
             return
         self._steered = steered
-        if self.comparison is not None:  # the job arranges its volumes in what was there before
+        if self.comparison is not None and not quietly:  # the job arranges its volumes in what was there before
             self.comparison.leave()
-        kind, before = DISPLAYS[type(job)], self.display
+        kind, before = NothingShown if quietly else DISPLAYS[type(job)], self.display
         same = isinstance(before, kind | NothingShown) or kind is NothingShown  # as the camera is concerned
         self.display = kind(self.viewer, job, self.view, before.frame if before is not None and same else ())
         self.job, self.progress = job, None
@@ -547,6 +556,8 @@ class Session(QObject):
         elif isinstance(self.display, PatchDisplay):
             self._former, self.patch = self.patch, self.display
             self.place_moved = False
+        elif isinstance(self.display, PartsDisplay) and isinstance(job, SweepJob):
+            self._last_sweep, self.sweep = self.sweep, self.display
         elif isinstance(self.display, TrainingDisplay):
             self._former, self.training = self.training, self.display
         self._set_state("running")
@@ -744,6 +755,8 @@ class Session(QObject):
                 self.operator = former if isinstance(former, OperatorDisplay) else None
             elif display is self.patch:
                 self.patch = former if isinstance(former, PatchDisplay) else None
+            elif display is self.sweep:
+                self.sweep = self._last_sweep
             elif display is self.training:
                 self.training = former if isinstance(former, TrainingDisplay) else None
         else:
@@ -763,13 +776,14 @@ class Session(QObject):
         else:
             self._set_stage("failed")
             show_error(message.text)
+        self._last_sweep = None
         self._set_state("idle")
         self.finished.emit(message)
         self.operator_changed.emit()
 
     def _on_layer_removed(self, event: Any) -> None:
         """A layer that the person deletes is only no longer shown; the job goes on."""
-        for display in (self.display, self.operator, self.patch, self.training):
+        for display in (self.display, self.operator, self.patch, self.sweep, self.training):
             if display is not None:
                 display.forget(event.value)
 

@@ -7,12 +7,14 @@ import html
 
 from napari.settings import get_settings
 from napari.utils.theme import get_theme
-from qtpy.QtCore import QSize, Qt
-from qtpy.QtWidgets import QFrame, QScrollArea, QVBoxLayout, QWidget
+from qtpy.QtCore import QObject, QSize, Qt
+from qtpy.QtWidgets import QDockWidget, QFrame, QScrollArea, QVBoxLayout, QWidget
 from superqt import QCollapsible
 
 WIDTH = 380
 """Pixels that a dock likes to be wide."""
+UNBOUNDED = (1 << 24) - 1
+"""Qt's largest height of a widget."""
 
 
 def colour(name: str) -> str:
@@ -41,6 +43,23 @@ def section(title: str, widget: QWidget) -> QCollapsible:
     part.addWidget(widget)
     part.collapse(animate=False)
     return part
+
+
+def growing_section(title: str, widget: QWidget) -> QCollapsible:
+    """The same of what may grow while it is open: it is as tall as what is in it becomes."""
+    part = section(title, widget)
+    widget.removeEventFilter(part)  # else superqt bounds it by what it was when it was opened
+    part.setDuration(0)
+    part.toggled.connect(lambda opened: part.content().setMaximumHeight(UNBOUNDED if opened else 0))
+    return part
+
+
+def frame_of(widget: QWidget) -> QDockWidget | None:
+    """The frame in the window that a widget lies in, however deep."""
+    here: QObject | None = widget
+    while here is not None and not isinstance(here, QDockWidget):
+        here = here.parent()
+    return here
 
 
 class Scrolled(QScrollArea):
