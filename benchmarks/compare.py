@@ -5,7 +5,8 @@
 The time to the grid is from the press of Compare until the volumes stand beside each other, named and linked; measures
 come after it, in a thread. A stall is the longest time between two beats of a 2 ms timer in the event loop while the
 slider goes through the slices: first while the volumes are measured, then once they were, then with the differences
-beneath them, then with a line whose profile follows. OpenGL's drawing is left out: the window is not shown.
+beneath them, then with a line, whose profiles are drawn when the slider rests. OpenGL's drawing is left out: the window
+is not shown.
 """
 
 from __future__ import annotations

@@ -4,13 +4,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import PretendWorker
 from qtpy.QtCore import QPoint, Qt
 from qtpy.QtWidgets import QApplication, QFileDialog
+from scipy.ndimage import gaussian_filter
 
 from napari_recon.measures.comparison import compare_volumes, field_of_view
+from napari_recon.measures.resolution import fourier_shell_correlation
 from napari_recon.scans.grid import Grid
 from napari_recon.widgets import compare_dock as dock_module
 from napari_recon.widgets import layers as shown
+from napari_recon.widgets import session as session_module
 from napari_recon.widgets.compare_display import Curtain, Difference, best_cells
 from napari_recon.widgets.compare_plots import around
 
@@ -407,6 +411,191 @@ def test_cells_are_as_large_as_the_canvas_allows():
     rows, columns = best_cells(6, 1, 1, (900, 700), bands=True)
     assert rows % 2 == 0
     assert 6 % columns == 0
+
+
+# -- frequencies, units, residuals ---------------------------------------------------------------------------------
+
+
+def test_frequencies_of_all_volumes_are_told_against_the_reference_where_they_are_seen(opened, qtbot):
+    dock = opened.dock
+    opened.viewer.layers["FDK"].data = ball(0.02, 1)
+    compare(qtbot, opened)
+    assert dock.frequencies.correlations.lines == []
+    dock.frequencies_section.expand(animate=False)
+    plots = dock.frequencies
+    qtbot.waitUntil(lambda: "Correlated with Truth" in plots.said.text(), timeout=10_000)
+    *curves, threshold = plots.correlations.lines
+    assert [line.label.split(":")[0] for line in curves] == ["FDK", "TV"]
+    assert set(threshold.y) == {0.5}
+    assert curves[1].y[3:].mean() > curves[0].y[3:].mean()  # there is less noise in it
+    found = fourier_shell_correlation(ball(0.02, 1), ball(), VOXEL, field_of_view(GRID))
+    np.testing.assert_allclose(curves[0].y, found.correlation)
+    assert f"{found.resolution(0.5):.3g} mm" in curves[0].label
+    fdk, tv = plots.noise.lines  # what differs from the truth is noise of ten times the deviation
+    assert np.median(fdk.y / tv.y) == pytest.approx(100, rel=0.5)
+
+
+def test_two_volumes_without_a_reference_are_halves_with_their_thresholds(opened, qtbot):
+    dock = opened.dock
+    dock.reference.setCurrentIndex(0)
+    dock.volumes.item(0).setCheckState(Qt.CheckState.Unchecked)
+    dock.frequencies_section.expand(animate=False)
+    compare(qtbot, opened)
+    qtbot.waitUntil(lambda: "halves of the views" in dock.frequencies.said.text(), timeout=10_000)
+    labels = [line.label for line in dock.frequencies.correlations.lines if line.label]
+    assert labels[0] == "halves of the views"
+    assert labels[1].startswith("half-bit: ")
+    assert labels[2].startswith("1/7: ")
+    assert len(dock.frequencies.noise.lines) == 1
+    dock.volumes.item(0).setCheckState(Qt.CheckState.Checked)
+    dock.reference.setCurrentIndex(0)
+    compare(qtbot, opened)
+    qtbot.waitUntil(lambda: "need a reference" in dock.frequencies.said.text(), timeout=10_000)
+    assert dock.frequencies.correlations.lines == []
+    assert len(dock.frequencies.noise.lines) == 3
+
+
+def test_a_volume_of_another_unit_is_measured_and_shown_in_that_of_the_reference(opened, qtbot):
+    viewer, dock = opened.viewer, opened.dock
+    grey = add(viewer, "Grey", 2000 * ball(0.002, 2) - 500)
+    dock.fit_scale.click()
+    dock.differences.setChecked(True)
+    comparison = compare(qtbot, opened)
+    tv, other = (next(row for row in dock.rows if row["volume"] == name) for name in ("TV", "Grey"))
+    assert other["psnr"] == pytest.approx(tv["psnr"], abs=1e-3)
+    assert "Grey × 0.000" in dock.status.text()
+    assert np.abs(np.asarray(viewer.layers["Grey − Truth"].data)).max() < 0.02
+    assert grey.data.min() < -400  # the layer itself stays
+    scale, offset = comparison.fits[grey]
+    for limits in ((0.0, 0.02), (0.005, 0.01)):
+        viewer.layers["TV"].contrast_limits = limits
+        at = [scale * limit + offset for limit in grey.contrast_limits]
+        truth = viewer.layers["Truth"].contrast_limits
+        np.testing.assert_allclose(at, truth, rtol=1e-3, atol=1e-6)
+    grey.contrast_limits = [(limit - offset) / scale for limit in (0.0, 0.03)]
+    np.testing.assert_allclose(viewer.layers["Truth"].contrast_limits, (0.0, 0.03), rtol=1e-3, atol=1e-6)
+    dock.fit_scale.click()  # compares again, without
+    measured(qtbot, dock)
+    assert next(row for row in dock.rows if row["volume"] == "Grey")["psnr"] < 0
+    press(qtbot, dock.back)
+    assert tuple(grey.contrast_limits) == (0.0, 0.02)
+
+
+def test_a_resolution_is_shown_with_its_thresholds_until_the_next_run(make_napari_viewer, pretend, said, qtbot):
+    from napari_recon.jobs.job import ReconstructionJob, ResolutionJob
+    from napari_recon.jobs.messages import Finished
+
+    rng = np.random.default_rng(0)
+    common = gaussian_filter(rng.normal(size=(32,) * 3), 1.5)
+    halves = [(common + rng.normal(0, 0.05, common.shape)).astype(np.float32) for _ in range(2)]
+    found = fourier_shell_correlation(*halves, VOXEL)
+    told = {"sentence": found.sentence}
+    told |= {name: getattr(found, name).tolist() for name in ("frequency", "correlation", "half_bit", "one_seventh")}
+    viewer = make_napari_viewer(strict_qt=True)
+    _, dock = viewer.window.add_plugin_dock_widget("napari-recon", "Reconstruct")
+    plot, session = dock.resolved, dock.session
+    assert not plot.isVisibleTo(dock)
+    session.job = ResolutionJob(scan="ball.h5")
+    session.finished.emit(Finished({}, 1.0, 1, None, True, {"resolution": told}))
+    assert plot.isVisibleTo(dock)
+    labels = [line.label for line in plot.plot.lines if line.label]
+    assert labels[1:] == [
+        f"half-bit: {found.resolution_half_bit:.3g} mm",
+        f"1/7: {found.resolution_one_seventh:.3g} mm",
+    ]
+    marks = [line.x[0] for line in plot.plot.lines if not line.label]
+    assert marks == pytest.approx([1 / found.resolution_half_bit, 1 / found.resolution_one_seventh])
+    session.run(ReconstructionJob(scan="ball.h5"))
+    assert not plot.isVisibleTo(dock)
+    session.cancel()
+    qtbot.waitUntil(lambda: session.state == "idle", timeout=20_000)
+
+
+class Projecting(PretendWorker):
+    """Says what a volume leaves of a scan: a part that is its largest value."""
+
+    def tell(self, job):
+        from napari_recon.jobs.messages import Finished, VolumeReady
+        from napari_recon.jobs.volumes import read_volume
+
+        self.volumes["measured"] = np.zeros((4, 5, 6), np.float32)
+        yield VolumeReady("measured", (4, 5, 6), (1.0,) * 3, (0.0,) * 3, axis_labels=("view", "row", "column"))
+        figures = {"residual": float(read_volume(job.volume).data.max()), "residual_to_noise": 1.5, "noise": 0.1}
+        yield Finished(figures, 1.0, 10**9, None, True, {})
+
+
+def test_residuals_of_all_volumes_come_into_the_table_and_the_comparison_stays(opened, memory_scan, monkeypatch, qtbot):
+    viewer, dock = opened.viewer, opened.dock
+    comparison = compare(qtbot, opened)
+    press(qtbot, dock.residuals)
+    assert "no scan" in opened.said[-1][1]
+    dock.session.worker = Projecting()
+    monkeypatch.setattr(session_module, "open_scan", lambda path, options=None: memory_scan)
+    dock.session.open("ball.h5")
+    qtbot.waitUntil(lambda: dock.session.scan is not None, timeout=10_000)
+    before = names_shown(viewer)
+    press(qtbot, dock.residuals)
+    qtbot.waitUntil(lambda: sum("residual" in row for row in dock.rows) == 3, timeout=20_000)
+    qtbot.waitUntil(lambda: "…" not in dock.status.text(), timeout=5000)
+    for row in dock.rows:
+        assert row["residual"] == pytest.approx(viewer.layers[row["volume"]].data.max(), rel=1e-5)
+    assert dock.table.horizontalHeaderItem(dock.table.columnCount() - 1).text() == "Residual"
+    assert [job.shape for job in dock.session.worker.jobs] == [(N,) * 3] * 3
+    assert dock.comparison is comparison
+    assert names_shown(viewer) == before
+
+
+def test_one_press_compares_what_a_run_showed_with_the_truth(
+    make_napari_viewer, pretend, memory_scan, monkeypatch, qtbot, said, tmp_path
+):
+    from dataclasses import replace
+
+    from napari_recon.jobs.job import ReconstructionJob
+    from napari_recon.jobs.volumes import write_volume
+
+    n = 16  # what the worker that pretends makes
+    write_volume(tmp_path / "truth.tif", ball()[:n, :n, :n].copy(), Grid((n,) * 3, 0.5))
+    scan = replace(memory_scan, recording=replace(memory_scan.recording, truth=tmp_path / "truth.tif"))
+    monkeypatch.setattr(session_module, "open_scan", lambda path, options=None: scan)
+    viewer = make_napari_viewer(strict_qt=True)
+    _, reconstruct = viewer.window.add_plugin_dock_widget("napari-recon", "Reconstruct")
+    session, ended = reconstruct.session, []
+    session.finished.connect(ended.append)
+    session.open("ball.h5")
+    qtbot.waitUntil(lambda: session.scan is not None, timeout=10_000)
+    session.run(ReconstructionJob(scan="ball.h5"))
+    qtbot.waitUntil(lambda: bool(ended), timeout=20_000)
+    add(viewer, "Another", ball())
+    press(qtbot, reconstruct.compare)
+    _, dock = viewer.window.add_plugin_dock_widget("napari-recon", "Compare")
+    measured(qtbot, dock)
+    names = [layer.name for layer in dock.comparison.layers]
+    assert names == ["FDK", "Partitioned TV", "Truth"]
+    assert dock.comparison.reference is viewer.layers["Truth"]
+    assert {"FDK − Truth", "Partitioned TV − Truth"} <= set(names_shown(viewer))
+    press(qtbot, dock.back)
+    press(qtbot, reconstruct.compare)  # again, with the truth that is there by now
+    measured(qtbot, dock)
+    assert [layer.name for layer in viewer.layers].count("Truth") == 1
+
+
+def test_the_demo_goes_on_to_its_comparison(make_napari_viewer, pretend, said, qtbot, tmp_path):
+    from napari_recon.learning.simulate import simulate
+    from napari_recon.widgets.demo import Demo
+
+    folder = simulate("shepp-logan", tmp_path / "scan", size=16, views=12)
+    viewer = make_napari_viewer(strict_qt=True)
+    demo = Demo(viewer, compare=True)
+    demo.session.open(folder)
+    _, dock = viewer.window.add_plugin_dock_widget("napari-recon", "Compare")
+    measured(qtbot, dock)
+    assert [layer.name for layer in dock.comparison.layers] == ["FDK", "Unrolled network", "Truth"]
+    assert {"FDK − Truth", "Unrolled network − Truth"} <= set(names_shown(viewer))
+    assert [row["volume"] for row in dock.rows if "psnr" in row] == ["FDK", "Unrolled network"]
+    assert demo.status == 0
+
+
+# -- what is computed where it is looked at ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", [np.s_[3], np.s_[3, :, :], np.s_[:, 4, :], np.s_[:, :, 5], np.s_[2, 3, 4], np.s_[::2]])
