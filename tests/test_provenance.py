@@ -105,6 +105,7 @@ FIELDS = {
         "patch": patches,
         "operator": operators,
         "passes": st.sampled_from([1, 2]),
+        "precision": st.sampled_from(["auto", "float32", "bfloat16"]),
     },
     ZeroFilledParameters: {},
     SENSEParameters: {"iterations": many, "regularization": weight},
@@ -128,6 +129,8 @@ def any_job(kind):
             "parameters": st.one_of(*(st.builds(model, **FIELDS[model]) for model in methods)),
             "output": st.sampled_from([Path("/tmp/v.tif"), Path("/tmp/a volume.ome.zarr")]),
             "bits": st.sampled_from([None, 16, 32]),
+            "slices": st.none() | st.tuples(st.integers(0, 99), st.integers(100, 999)),
+            "slab": st.sampled_from(["auto", None]) | st.integers(1, 999),
         }
     )
 

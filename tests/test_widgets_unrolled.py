@@ -154,6 +154,7 @@ def test_a_run_hands_the_job_over_and_names_its_layer_by_the_weights(opened, qtb
         "patch": 16,
         "operator": "exact",
         "passes": 2,
+        "precision": "auto",
     }
     assert [layer.name for layer in opened.viewer.layers] == ["FDK", "Unrolled network mine"]
 
