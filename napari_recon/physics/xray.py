@@ -41,7 +41,7 @@ class XRayTransform(LinearPhysics):
     by Joseph's method: a ray steps along its view's main axis and interpolates bilinearly in every slice. Values are
     physical (attenuation in 1/mm gives line integrals without unit), memory beyond input and output is that of one
     padded copy of the volume, and both directions are differentiable any number of times. Kernels follow the device of
-    the tensors they are given: numba on the CPU, torch elsewhere.
+    the tensors they are given: numba on the CPU, Triton on GPUs, torch elsewhere.
 
     Parameters
     ----------
