@@ -234,7 +234,6 @@ def test_slabs_of_several_processes_make_the_volume_of_one(processes):
     assert np.abs(read_volume(two).data).max() > 0
     told = json.loads((two / "zarr.json").read_text())["attributes"]["napari_recon"]
     assert told["complete"] is True
-    assert [first for first, _ in told["finished_slices"]] == [0, 4, 8, 12]
     assert processes[0]["slabs"] == figures
     assert not list(processes.folder.glob(".*.work"))
 

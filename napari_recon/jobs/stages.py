@@ -553,6 +553,6 @@ def state_of(path: Path) -> list[Any]:
 
 
 def digest_of(job: Job, *more: Any) -> str:
-    """A name for the scan, grid and device of a job."""
-    said = job.model_dump(mode="json", include={"scan", "options", "shape", "voxel_size", "slices"})
+    """A name for the scan, grid, slices (all, of jobs that choose none) and device of a job."""
+    said = {"slices": None} | job.model_dump(mode="json", include={"scan", "options", "shape", "voxel_size", "slices"})
     return hashlib.sha256(json.dumps([said, *more], sort_keys=True, default=str).encode()).hexdigest()
