@@ -866,6 +866,7 @@ class CompareDock(Scrolled):
 
     def _slice_moved(self) -> None:
         """The curves are drawn when the slider rests: amid its way they would make every slice late."""
+        self._profile_due.stop()
         self._rest.start()
 
     def _show_profile(self) -> None:
