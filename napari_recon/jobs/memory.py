@@ -225,7 +225,7 @@ def _mri_items(job: ScanJob, scan: KSpaceScan, on_gpu: bool) -> dict[str, int]:
             network = _CONVOLUTIONS + 2 * header.path.stat().st_size
             edge = job.parameters.patch or max(grid.shape)
             patch = math.prod(min(edge, n) for n in grid.shape)
-            steps["patches"] = 8 * volume + samples + network_bytes(header.model) * patch
+            steps["patches"] = 8 * volume + samples + network_bytes(header.model, _in_bfloat16(job)) * patch
             if header.model.get("init") == "tv":  # k-space of its iterates, and both parts' duals
                 steps["total variation"] = 5 * samples + 25 * volume
     elif isinstance(job, OperatorJob | PatchJob):
@@ -312,7 +312,7 @@ def _reconstruction_needs(
         edge = parameters.patch or max(grid.shape)
         patch = math.prod(min(edge, n) for n in grid.shape)
         stay["network"] = _CONVOLUTIONS + 2 * header.path.stat().st_size
-        steps["patches"] = 3 * volume + network_bytes(header.model) * patch
+        steps["patches"] = 3 * volume + network_bytes(header.model, _in_bfloat16(job)) * patch
         if header.model.get("init") in ("tv", "least-squares"):
             steps["total variation"] = _tv_bytes(volume, projections)
         if header.model["method"] == "unrolled":
@@ -348,20 +348,34 @@ def kept_iterates(iterations: int, voxels: int) -> int:
     return max(2, min(iterations + 1, _ITERATES // (voxels * _FLOAT)))
 
 
-def network_bytes(model: dict[str, Any]) -> int:
+def network_bytes(model: dict[str, Any], in_bfloat16: bool = False) -> int:
     """What a voxel of a volume takes while a network works on it; see the tests.
 
     Parameters
     ----------
     model
         Of a :class:`~napari_recon.learning.weights.WeightsHeader`.
+    in_bfloat16
+        Which takes less than half: convolutions of float32 copy their features into blocks, too.
     """
     network = model.get("network", {})
     name, options = network.get("name", "light"), network.get("options", {})
     if name == "light":
-        return 4 * _FLOAT * int(options.get("width", 24))
-    features = (options.get("channels_per_scale") or options.get("nc") or [64])[0]
-    return 8 * _FLOAT * int(features) + 200
+        features, others = 4 * _FLOAT * int(options.get("width", 24)), 0
+    else:
+        features = 8 * _FLOAT * int((options.get("channels_per_scale") or options.get("nc") or [64])[0])
+        others = 200
+    return others + (2 * features // 5 if in_bfloat16 else features)
+
+
+def _in_bfloat16(job: ReconstructionJob) -> bool:
+    """Whether a network will compute in bfloat16, as far as can be told without torch: of GPUs it cannot."""
+    assert isinstance(job.parameters, UnrolledParameters)
+    if job.parameters.precision != "auto" or _gpu_free(job.device) is not None:
+        return job.parameters.precision == "bfloat16"
+    with contextlib.suppress(OSError):
+        return re.search(r"\b(avx512_bf16|amx_bf16)\b", Path("/proc/cpuinfo").read_text()) is not None
+    return False
 
 
 def _operator_needs(job: OperatorJob | PatchJob, grid: Grid, volume: int, projections: int) -> Needs:
