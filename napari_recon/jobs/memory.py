@@ -356,7 +356,7 @@ def network_bytes(model: dict[str, Any], in_bfloat16: bool = False) -> int:
     model
         Of a :class:`~napari_recon.learning.weights.WeightsHeader`.
     in_bfloat16
-        Which takes less than half: convolutions of float32 copy their features into blocks, too.
+        Whether its features have half the bytes; what it is shown and says has not.
     """
     network = model.get("network", {})
     name, options = network.get("name", "light"), network.get("options", {})
@@ -365,7 +365,7 @@ def network_bytes(model: dict[str, Any], in_bfloat16: bool = False) -> int:
     else:
         features = 8 * _FLOAT * int((options.get("channels_per_scale") or options.get("nc") or [64])[0])
         others = 200
-    return others + (2 * features // 5 if in_bfloat16 else features)
+    return others + (features // 2 + 5 * _FLOAT if in_bfloat16 else features)
 
 
 def _in_bfloat16(job: ReconstructionJob) -> bool:
