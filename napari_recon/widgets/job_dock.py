@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -151,19 +152,21 @@ class JobDock(Scrolled):
 
     def _show_plan(self, plan: MemoryPlan) -> None:
         self._plan = plan
-        self._show_subject()
-        if plan.fits:
-            self.memory.setText(note(plan.sentence))
-        else:
-            self.memory.setText(f"<span style='color:{colour('error')}'>{plan.sentence}</span>")
-        gigabytes = (f"{name}: {size / 1e9:.2f} GB" for name, size in plan.items.items())
-        self.memory.setToolTip("\n".join(gigabytes))
-        self._show_state(self.session.state)
+        with contextlib.suppress(RuntimeError):  # the dock was deleted while it was planned
+            self._show_subject()
+            if plan.fits:
+                self.memory.setText(note(plan.sentence))
+            else:
+                self.memory.setText(f"<span style='color:{colour('error')}'>{plan.sentence}</span>")
+            gigabytes = (f"{name}: {size / 1e9:.2f} GB" for name, size in plan.items.items())
+            self.memory.setToolTip("\n".join(gigabytes))
+            self._show_state(self.session.state)
 
     def _no_plan(self, error: Exception) -> None:
         self._plan = None
-        self.memory.setText(f"<span style='color:{colour('error')}'>{error}</span>")
-        self._show_state(self.session.state)
+        with contextlib.suppress(RuntimeError):  # as above
+            self.memory.setText(f"<span style='color:{colour('error')}'>{error}</span>")
+            self._show_state(self.session.state)
 
     def _show_state(self, state: str) -> None:
         """What may be pressed: another dock's job is only waited for."""
