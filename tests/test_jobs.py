@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from napari_recon.jobs import Control, ReconstructionJob, run_job
 from napari_recon.jobs.job import FDKParameters, PADMMParameters, SIRTParameters, TVParameters
-from napari_recon.jobs.memory import plan_memory, readable
+from napari_recon.jobs.memory import _cgroups_free, plan_memory, readable
 from napari_recon.jobs.messages import Cancelled, Failed, Finished, Notice, Progress, Stage, VolumeReady
 from napari_recon.jobs.stages import Prepared
 from napari_recon.jobs.volumes import check_output, read_volume, write_volume
@@ -306,6 +306,28 @@ def test_bad_input_is_one_sentence(tmp_path, scan):
     assert sentence(list(run_job(make_job(tmp_path / "nothing", TV)))[-1]).kind == "input"
     job = ReconstructionJob(scan=scan, device="abacus")
     assert "abacus" in sentence(list(run_job(job))[-1]).text
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_limits_of_a_queue_count_and_files_kept_in_memory_do_not(tmp_path, version):
+    said, names = {
+        1: ("4:memory:/queue/job_7\n2:cpu:/\n", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_{}_file")),
+        2: ("0::/queue/job_7\n", ("memory.max", "memory.current", "{}_file")),
+    }[version]
+    (tmp_path / "said").write_text(said)
+    root = tmp_path / "groups"
+    job = root / ("memory" if version == 1 else "") / "queue" / "job_7"
+    job.mkdir(parents=True)
+    limit, used, cached = names
+    assert _cgroups_free(root, tmp_path / "said") == []  # none is seen
+    (job / limit).write_text("4000\n")
+    (job / used).write_text("3500\n")
+    assert _cgroups_free(root, tmp_path / "said") == [500]
+    (job / "memory.stat").write_text(f"{cached.format('active')} 1000\n{cached.format('inactive')} 2000\nother 5\n")
+    (job.parent / limit).write_text("max\n")
+    (job.parent / used).write_text("9000\n")
+    assert _cgroups_free(root, tmp_path / "said") == [3500]
+    assert _cgroups_free(root, tmp_path / "nothing") == []
 
 
 def test_out_of_memory_halves_the_patch_once_and_goes_on(scan, monkeypatch):

@@ -29,7 +29,7 @@ from napari_recon.learning.networks import make_network
 from napari_recon.learning.simulate import simulate
 from napari_recon.learning.weights import read_header
 from napari_recon.reconstruction.unrolled import UnrolledPGD
-from napari_recon.scans import Grid, open_scan
+from napari_recon.scans import Grid, open_scan, slabs
 
 SIZE = 24
 TV = TVParameters(iterations=12, patch=None)
@@ -155,6 +155,50 @@ def test_slabs_make_the_same_volume_without_seams(scan, weights, method, tmp_pat
     assert found.provenance["complete"]
     assert messages[-1].figures["residual"] < 0.5
     assert found.grid == open_scan(scan).default_grid()
+
+
+@pytest.mark.parametrize("method", ["sirt", "tv", "padmm", "unrolled"])
+def test_what_lies_beyond_a_margin_is_held(scan, weights, method, tmp_path, monkeypatch):
+    """With margins far thinner than the volume, so that most of what rays meet is not reconstructed."""
+    monkeypatch.setattr(slabs, "MARGIN", 3)
+    monkeypatch.setattr(slabs, "CLIMB", 0.0)
+    parameters = {
+        "sirt": SIRTParameters(iterations=5),
+        "tv": TV,
+        "padmm": PADMMParameters(iterations=8, start="fdk", weighted=True),
+        "unrolled": UnrolledParameters(weights=weights, patch=None),
+    }[method]
+    expected, output = whole(scan, parameters), tmp_path / "v.ome.zarr"
+    run(job(scan, parameters, slab=4, output=output))
+    error = (read_volume(output).data - expected) / expected.max()
+    assert np.sqrt(np.mean(error**2)) < 0.02
+    other = open_scan(scan)
+    part = job(scan, parameters, slices=(4, 8)).part_of(other.geometry, other.default_grid(), held=True)
+    assert (part.extended.start, part.extended.stop) == (1, 11)
+
+
+def test_the_projections_of_what_is_held_are_taken_off(scan, tmp_path, monkeypatch):
+    """So that a slab's misfit with its FDK is that of the FDK of the whole."""
+    import torch
+
+    from napari_recon.physics import XRayTransform
+    from napari_recon.reconstruction import FDK
+
+    monkeypatch.setattr(slabs, "MARGIN", 3)
+    monkeypatch.setattr(slabs, "CLIMB", 0.0)
+    run_ = SlabsRun(job(scan, TV, slab=4, output=tmp_path / "v.ome.zarr"), Control(), Prepared())
+    for _ in run_.messages():
+        if getattr(run_, "units", None):
+            break
+    opened = open_scan(scan)
+    physics, y = XRayTransform.from_scan(opened, device="cpu"), opened.measurements()
+    fdk = FDK()(y, physics)
+    misfit = y - physics.A(fdk)
+    for core in run_.cores:
+        part = run_._run_of(core).prepared.things
+        torch.testing.assert_close(part["fdk ram-lak"], fdk[:, :, part["slab"].extended], rtol=1e-3, atol=1e-4)
+        found = part["y"] - part["physics"].A(part["fdk ram-lak"])
+        torch.testing.assert_close(found, misfit[:, :, part["slab"].rows], rtol=1e-3, atol=2e-4)
 
 
 def test_slabs_that_no_ray_meets_are_empty(scan, tmp_path):

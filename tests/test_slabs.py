@@ -7,7 +7,7 @@ import torch
 from napari_recon.physics import XRayTransform
 from napari_recon.reconstruction import FDK
 from napari_recon.scans import Geometry, Grid, ScanError
-from napari_recon.scans.slabs import slab_of, slabs_of
+from napari_recon.scans.slabs import MARGIN, held_margin, slab_of, slabs_of
 
 ANGLES = np.arange(20) * 18.0
 
@@ -78,6 +78,21 @@ def test_slabs_cover_the_grid_once_and_need_less_than_all_of_it():
         assert slab.extended.stop - slab.extended.start < 40
         assert slab.rows.stop - slab.rows.start < 40
         assert slab.core_grid(grid).translate[0] == pytest.approx(grid.translate[0] + slab.core.start * 0.7)
+
+
+def test_where_the_rest_is_held_the_unknown_slices_grow_with_the_cone_only():
+    grid = Grid((400, 120, 120), 1.0)
+    margins = [held_margin(Geometry.parallel(ANGLES, (400, 120), 1.0), grid)]
+    for distance in (4000.0, 400.0, 250.0):
+        margins.append(held_margin(Geometry.cone(ANGLES, (800, 240), 1.0, distance, 2 * distance), grid))
+    assert margins[0] == margins[1] == MARGIN
+    assert MARGIN < margins[2] < margins[3]
+    wide = Geometry.cone(ANGLES, (800, 240), 1.0, 250.0, 500.0)
+    for core in (slice(0, 20), slice(100, 120)):
+        full, held = slab_of(wide, grid, core), slab_of(wide, grid, core, beyond=margins[3])
+        assert held.rows == full.rows
+        assert held.extended.stop == core.stop + margins[3] < full.extended.stop
+        assert held.extended.start == max(0, core.start - margins[3])
 
 
 def test_slices_that_are_not_there_or_not_seen_are_refused():

@@ -14,7 +14,7 @@ from napari_recon.jobs.job import FDKParameters, Parameters, ReconstructionJob, 
 from napari_recon.jobs.memory import plan_memory
 from napari_recon.scans import Geometry, Grid, Scan
 from napari_recon.scans.recording import ArrayFrames, Recording
-from napari_recon.scans.slabs import Slab, slabs_of
+from napari_recon.scans.slabs import Slab, held_margin, slabs_of
 
 N, VIEWS, ROWS, COLUMNS, GPUS = 2000, 2000, 2000, 2500, 8
 HALF_CONE = 10.0  # degrees
@@ -34,6 +34,11 @@ def cone(half_angle: float) -> Geometry:
     """Pixels of a voxel's width where the axis is seen, rows up to the ends of the axis."""
     distance = ROWS / 2 / math.tan(math.radians(half_angle))
     return Geometry.cone(np.arange(VIEWS) * 360 / VIEWS, (ROWS, COLUMNS), 2.0, distance, 2 * distance)
+
+
+def slabs_on(geometry: Geometry, thickness: int) -> list[Slab]:
+    """The slabs as jobs make them: the core and a margin, the rest held at its FDK."""
+    return slabs_of(geometry, GRID, thickness, beyond=held_margin(geometry, GRID))
 
 
 def shares(slab: Slab) -> tuple[float, float]:
@@ -57,7 +62,7 @@ def planned(scan: Scan, slab: Slab, parameters: Parameters) -> float:
         device="cpu",
         slices=(slab.core.start, slab.core.stop),
     )
-    items = plan_memory(job, scan).items
+    items = plan_memory(job, scan, held=True).items
     return sum(n for name, n in items.items() if name not in ("shown volumes", "slices", "reading")) / 1e9
 
 
@@ -66,7 +71,7 @@ def main() -> None:
 
     print(f"\n{GPUS} slabs of {N // GPUS} slices, half cone angle {HALF_CONE:g} degrees")
     geometry = cone(HALF_CONE)
-    slabs, scan = slabs_of(geometry, GRID, N // GPUS), scan_of(geometry)
+    slabs, scan = slabs_on(geometry, N // GPUS), scan_of(geometry)
     for slab in slabs[: GPUS // 2]:  # the others are their mirror images
         rays, voxels = shares(slab)
         each = (FDKParameters(), TVParameters(patch=None), UnrolledParameters())
@@ -79,7 +84,7 @@ def main() -> None:
     print("\nrays and voxels of all slabs over those of the volume; of the fullest slab; TV of the fullest on a GPU")
     for angle in (0.5, 2.0, 5.0, 8.0, 10.0, 20.0):
         geometry = cone(angle)
-        parts, scan = slabs_of(geometry, GRID, N // GPUS), scan_of(geometry)
+        parts, scan = slabs_on(geometry, N // GPUS), scan_of(geometry)
         found = np.array([shares(slab) for slab in parts])
         (rays, voxels), (most_rays, most_voxels) = found.sum(axis=0), found.max(axis=0)
         tv = max(planned(scan, slab, TVParameters(patch=None)) for slab in parts)
@@ -88,7 +93,8 @@ def main() -> None:
     forward, adjoint, fdk = UPDATES / FORWARD, UPDATES / ADJOINT, UPDATES / BACK_PROJECTION
     network = N**3 * NETWORK_FLOPS * STAGES * OVERLAP / NETWORK
     found = np.array([shares(slab) for slab in slabs])
-    pairs = found @ [forward, adjoint]  # seconds of each slab
+    # Seconds of each slab; a ray costs what it meets of the slab.
+    pairs = np.array([forward * min(rays, voxels) + adjoint * voxels for rays, voxels in found])
     print(f"\none GPU: FDK's back projection {fdk:.0f} s; A {forward:.0f} s, its transpose {adjoint:.0f} s")
     print(f"  a pair: whole {forward + adjoint:.0f} s, slabs one after the other {pairs.sum():.0f} s")
     print(f"{GPUS} GPUs: FDK {fdk / GPUS:.0f} s")

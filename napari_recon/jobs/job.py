@@ -31,7 +31,7 @@ from napari_recon.scans.geometry import Geometry
 from napari_recon.scans.grid import Grid
 from napari_recon.scans.kspace import KSpaceOptions, KSpaceScan
 from napari_recon.scans.scan import Scan, ScanOptions, open_scan
-from napari_recon.scans.slabs import Slab, slab_of
+from napari_recon.scans.slabs import Slab, held_margin, slab_of
 
 
 def quiet_threads(environment: MutableMapping[str, str]) -> MutableMapping[str, str]:
@@ -388,8 +388,10 @@ class ReconstructionJob(_ScanJob):
         """Whether the output is OME-Zarr, which can be written slab by slab."""
         return self.output is not None and self.output.name.lower().endswith(".ome.zarr")
 
-    def part_of(self, geometry: Geometry, grid: Grid) -> Slab | None:
+    def part_of(self, geometry: Geometry, grid: Grid, held: bool = False) -> Slab | None:
         """What it takes to reconstruct :attr:`slices` of a grid; None where all are asked for.
+
+        ``held``: as one of many, what lies beyond a margin being held at its FDK.
 
         Raises
         ------
@@ -400,7 +402,7 @@ class ReconstructionJob(_ScanJob):
             return None
         core = slice(*self.slices)
         if self.parameters.method != "fdk":
-            return slab_of(geometry, grid, core)
+            return slab_of(geometry, grid, core, beyond=held_margin(geometry, grid) if held else None)
         return replace(slab_of(geometry, grid, core, margin=0), extended=core)  # whose voxels know nothing of others
 
 

@@ -81,7 +81,7 @@ class MemoryPlan:
     sentence: str = ""
 
 
-def plan_memory(job: Job, scan: Scan | KSpaceScan | None = None) -> MemoryPlan:
+def plan_memory(job: Job, scan: Scan | KSpaceScan | None = None, held: bool = False) -> MemoryPlan:
     """Plan a job's memory from shapes; nothing is read and nothing allocated.
 
     Parameters
@@ -90,6 +90,8 @@ def plan_memory(job: Job, scan: Scan | KSpaceScan | None = None) -> MemoryPlan:
         The job.
     scan
         The job's scan where it is open already; otherwise it is opened, which reads headers only.
+    held
+        Whether the slices of a reconstruction are one slab of many, see :mod:`napari_recon.jobs.slabs`.
 
     Raises
     ------
@@ -115,7 +117,7 @@ def plan_memory(job: Job, scan: Scan | KSpaceScan | None = None) -> MemoryPlan:
     if isinstance(job, ReconstructionJob) and isinstance(job.slab, int):  # one after the other: the one in the middle
         first = max(0, (grid.shape[0] - job.slab) // 2)
         some = first, min(first + job.slab, grid.shape[0])
-        job = job.model_copy(update={"slices": some, "slab": None})
+        job, held = job.model_copy(update={"slices": some, "slab": None}), True
     if isinstance(job, ResolutionJob):  # one half after the other, the first one's result being kept
         job, scan = job.half("even", grid), scan.with_options(half="even")
         other = {"other half": grid.voxels * _FLOAT}
@@ -128,7 +130,7 @@ def plan_memory(job: Job, scan: Scan | KSpaceScan | None = None) -> MemoryPlan:
         assert isinstance(job.options, ScanOptions)
         scan = scan.with_options(views=job.options.views, binning=job.options.binning)
     geometry = scan.geometry
-    if isinstance(job, ReconstructionJob) and (slab := job.part_of(geometry, grid)) is not None:
+    if isinstance(job, ReconstructionJob) and (slab := job.part_of(geometry, grid, held)) is not None:
         other |= {"slices": 2 * slab.core_grid(grid).voxels * _FLOAT}  # shown of what is reconstructed
         geometry, grid = geometry.with_rows(slab.rows), slab.grid(grid)
     items = _items(job, geometry, grid, on_gpu) | other
@@ -186,7 +188,9 @@ def _items(job: ScanJob, geometry: Geometry, grid: Grid, on_gpu: bool, padmm_fil
         shown, kept, steps = _operator_needs(job, grid, volume, projections)
     else:  # coil maps, which projections have none of
         shown, kept, steps = 0, {}, {}
-    stay = {"projections": projections, "start": volume, **kept}
+    stay = {"projections": projections, **kept}
+    if on_gpu or not isinstance(job, ReconstructionJob):  # else it is the FDK that is shown
+        stay["start"] = volume
     steps["filtering and back projection"] = 2 * min(projections, _BATCH)
     reading = 3 * min(projections, _BATCH)
     if not on_gpu:  # before there is any volume
@@ -486,18 +490,35 @@ def readable(size: float) -> str:
 
 
 def available_memory() -> int:
-    """Free host memory in bytes: the system's, or this container's where that is less."""
+    """Free host memory in bytes: the system's, or this container's or queue's job's where that is less."""
     import psutil
 
-    free = int(psutil.virtual_memory().available)
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free = min(free, max(0, int(Path(limit).read_text()) - int(Path(used).read_text())))
-        except (OSError, ValueError):  # no such container, or no limit ("max")
-            continue
+    return min([int(psutil.virtual_memory().available), *_cgroups_free()])
+
+
+def _cgroups_free(root: Path = Path("/sys/fs/cgroup"), said: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Bytes that are left of each limit on this process's control group and those that it lies in.
+
+    Files that are kept in memory count towards a limit (``cgroups(7)``), but make room when it is needed.
+    """
+    groups = []
+    with contextlib.suppress(OSError):
+        for line in said.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                groups.append((root, root / path.strip("/"), "memory.max", "memory.current", "{}_file"))
+            elif "memory" in controllers.split(","):
+                top, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_{}_file")
+                groups.append((top, top / path.strip("/"), *names))
+    free = []
+    for top, folder, limit, used, cached in groups:
+        for group in (folder, *(parent for parent in folder.parents if parent.is_relative_to(top))):
+            with contextlib.suppress(OSError, ValueError):  # not seen from inside a container, or no limit ("max")
+                left = int((group / limit).read_text()) - int((group / used).read_text())
+                with contextlib.suppress(OSError):
+                    told = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                    left += sum(int(told.get(cached.format(kind), 0)) for kind in ("active", "inactive"))
+                free.append(max(0, left))
     return free
 
 

@@ -97,7 +97,8 @@ class PADMMRun(ReconstructionRun):
         if parameters.weighted and self.scan.kind == "mri":
             raise ScanError("Photon statistics are of X-rays: leave them out for k-space.")
         if parameters.weighted:
-            weights = torch.exp(-self.y.clamp(min=0))  # the share of the photons that came through
+            measured = self.prepared.things.get("measured", self.y)  # of a slab, y is without what lies beside it
+            weights = torch.exp(-measured.clamp(min=0))  # the share of the photons that came through
         method = PADMM(
             iterations=parameters.iterations,
             regularization=parameters.regularization,

@@ -1,8 +1,9 @@
 """A reconstruction that memory has no room for: slab after slab along z, into an .ome.zarr that is readable meanwhile.
 
-Every slab is a reconstruction of some slices (:mod:`napari_recon.scans.slabs`), with the units of the whole: what
-regularisation is relative to is measured once, on the FDK of all slabs. Projections are read and corrected once, into a
-file in which a slab's rows lie together.
+Every slab is a reconstruction of some slices and a margin about them (:mod:`napari_recon.scans.slabs`). What lies
+beyond is held at its FDK, whose projections are taken off the slab's measurements: what a ray meets elsewhere in a wide
+cone is not reconstructed once more. All have the units of the whole: what regularisation is relative to is measured
+once, on the FDK of all slabs. Projections are read and corrected once, into a file in which a slab's rows lie together.
 
 All that is needed to go on lies in a folder beside the output, ``.NAME.ome.zarr.work``, until the end: the same job
 started again takes up where it was stopped, with the same result bit for bit. Under torchrun each process takes its own
@@ -36,7 +37,6 @@ from napari_recon.jobs.job import (
     FDKParameters,
     PADMMParameters,
     ReconstructionJob,
-    SIRTParameters,
     UnrolledParameters,
 )
 from napari_recon.jobs.memory import peak_memory, plan_memory, readable, release_memory
@@ -225,7 +225,7 @@ class SlabsRun(Run[ReconstructionJob]):
             if thickness != tried:
                 tried, count = thickness, math.ceil(depth / thickness)
                 cores = [slice(k, min(k + thickness, depth)) for k in range(0, depth, thickness)]
-                plans = [plan_memory(self._part(core), self.scan) for core in cores if self._is_seen(core)]
+                plans = [plan_memory(self._part(core), self.scan, held=True) for core in cores if self._is_seen(core)]
                 if all(plan.fits for plan in plans):
                     return thickness
                 if thickness == step:
@@ -236,18 +236,17 @@ class SlabsRun(Run[ReconstructionJob]):
         """Read and correct all projections into a file, (rows, views, columns), and make the empty store."""
         views, rows, columns = shape = self.scan.shape
         free = shutil.disk_usage(file.parent).free
-        needed = 4 * (math.prod(shape) + round(8 / 7 * self.grid.voxels))
+        held = 0 if isinstance(self.job.parameters, FDKParameters) else self.grid.voxels
+        needed = 4 * (math.prod(shape) + round(8 / 7 * self.grid.voxels) + held)
         if needed > free:
             raise ScanError(
                 f"The projections and the volume take {readable(needed)} beside {self.job.output}, where "
                 f"{readable(free)} are free: free some space, or choose another folder."
             )
         partial = file.with_name("projections.partial")
-        with partial.open("wb") as out:
-            if hasattr(os, "posix_fallocate"):  # a full disk is to be an error now, not a crash amid writing
-                os.posix_fallocate(out.fileno(), 0, 4 * math.prod(shape))
-            else:
-                out.truncate(4 * math.prod(shape))
+        _claim(partial, 4 * math.prod(shape))
+        if held:
+            _claim(self.work.folder / "fdk.raw", 4 * held)
         begin = self.control.clock()
         for piece, values in self.scan.corrected_chunks():
             mapped = np.memmap(partial, np.float32, "r+", shape=(rows, views, columns))
@@ -267,16 +266,16 @@ class SlabsRun(Run[ReconstructionJob]):
     # -- what holds for the whole ------------------------------------------------------------------------------------
 
     def _units(self) -> Iterator[Message]:
-        """What parts have in common, so that no seam comes from units: ``units``, by name."""
+        """What parts have in common: FDK in a file, and ``units``, by name, so that no seam comes from these."""
         self.units: dict[str, float] = {}
         parameters, work = self.job.parameters, self.work
-        if isinstance(parameters, FDKParameters | SIRTParameters):
+        if isinstance(parameters, FDKParameters):
             return
         count = len(self.cores)
         for n in range(self.rank, count, self.world):
             yield Stage("fdk", f"slab {n + 1} of {count}")
             if not work.has(f"fdk-{n}.npy"):
-                work.save(f"fdk-{n}.npy", self._bright(self.cores[n]))
+                work.save(f"fdk-{n}.npy", self._fdk(self.cores[n]))
             self.control.checkpoint()
         if self.rank == 0 and work.note("units") is None:
             self._wait(lambda: all(work.has(f"fdk-{n}.npy") for n in range(count)))
@@ -289,18 +288,21 @@ class SlabsRun(Run[ReconstructionJob]):
         self._wait(lambda: work.note("units") is not None)
         self.units = work.note("units") or {}
 
-    def _bright(self, core: slice) -> NDArray[np.float32]:
-        """Of the magnitude of a slab's FDK every n-th voxel, n as for the whole's brightness."""
+    def _fdk(self, core: slice) -> NDArray[np.float32]:
+        """Write a slab's FDK into the file; of its magnitude every n-th voxel, n as for the whole's brightness."""
         from napari_recon.reconstruction import FDK
 
         step = max(1, self.grid.voxels // 1_000_000)
         begin = core.start * self.grid.shape[1] * self.grid.shape[2]
-        if not self._is_seen(core, margin=0):
-            return np.zeros((core.stop - core.start, *self.grid.shape[1:]), np.float32).ravel()[-begin % step :: step]
-        slab = replace(slab_of(self.scan.geometry, self.grid, core, margin=0), extended=core)
-        volume = FDK()(self._rows(slab.rows), self._physics_of(slab))
-        found: NDArray[np.float32] = volume.abs().flatten()[-begin % step :: step].cpu().numpy()
-        return found
+        volume = np.zeros((core.stop - core.start, *self.grid.shape[1:]), np.float32)
+        if self._is_seen(core, margin=0):
+            slab = replace(slab_of(self.scan.geometry, self.grid, core, margin=0), extended=core)
+            volume = FDK()(self._rows(slab.rows), self._physics_of(slab))[0, 0].cpu().numpy()
+        with (self.work.folder / "fdk.raw").open("r+b") as file:
+            file.seek(4 * begin)
+            file.write(volume.tobytes())
+            os.fsync(file.fileno())
+        return np.abs(volume).ravel()[-begin % step :: step]
 
     def _sqnorm(self) -> float:
         """‖A‖² of the whole, from a grid that is coarser: it is mostly smooth structures that A makes large."""
@@ -323,8 +325,7 @@ class SlabsRun(Run[ReconstructionJob]):
         from napari_recon.physics.ramp_filtered import RampFiltered
 
         cores = [core for core in self.cores if self._is_seen(core)]
-        middle = self._part(cores[len(cores) // 2]).part_of(self.scan.geometry, self.grid)
-        assert middle is not None
+        middle = self._slab_of(cores[len(cores) // 2])
         return RampFiltered(self._physics_of(middle, sqnorm)).largest
 
     # -- the slabs ---------------------------------------------------------------------------------------------------
@@ -396,6 +397,12 @@ class SlabsRun(Run[ReconstructionJob]):
         start, stop = max(0, core.start - margin), min(self.grid.shape[0], core.stop + margin)
         return rows_seeing(self.scan.geometry, self.grid, start, stop) is not None
 
+    def _slab_of(self, core: slice) -> Slab:
+        """What some slices take."""
+        slab = self._part(core).part_of(self.scan.geometry, self.grid, held=True)
+        assert slab is not None
+        return slab
+
     def _part(self, core: slice) -> ReconstructionJob:
         """The reconstruction of some slices."""
         changes: dict[str, Any] = {"slices": (core.start, core.stop), "slab": None, "output": None}
@@ -409,11 +416,14 @@ class SlabsRun(Run[ReconstructionJob]):
         from napari_recon.jobs.reconstruct import ReconstructionRun
         from napari_recon.physics.ramp_filtered import RampFiltered
 
-        part = self._part(core)
-        slab = part.part_of(self.scan.geometry, self.grid)
-        assert slab is not None
+        part, slab = self._part(core), self._slab_of(core)
         physics = self._physics_of(slab, self.units.get("sqnorm"))
-        things: dict[str, Any] = {"scan": self.scan, "physics": physics, "y": self._rows(slab.rows)}
+        things: dict[str, Any] = {"scan": self.scan, "slab": slab, "physics": physics, "y": self._rows(slab.rows)}
+        if not isinstance(part.parameters, FDKParameters):
+            if isinstance(part.parameters, PADMMParameters) and part.parameters.weighted:
+                things["measured"] = things["y"].clone()
+            self._take_off(things["y"], slab)
+            things["fdk ram-lak"] = self._held(slab.extended)
         if "brightness" in self.units:
             things["unit"] = self.units["brightness"]
         if "ramp" in self.units:
@@ -436,6 +446,43 @@ class SlabsRun(Run[ReconstructionJob]):
         file = self.work.folder / "projections.raw"
         values = np.fromfile(file, np.float32, count, offset=4 * rows.start * views * columns)
         return torch.from_numpy(values.reshape(-1, views, columns))[None, None].to(self.device)
+
+    def _held(self, slices: slice) -> torch.Tensor:
+        """FDK of some slices, (1, 1, slices, H, W); on the CPU the file itself, of which nothing is written."""
+        import torch
+
+        _, height, width = self.grid.shape
+        offset = 4 * slices.start * height * width
+        shape = slices.stop - slices.start, height, width
+        mapped = np.memmap(self.work.folder / "fdk.raw", np.float32, "c", offset, shape)
+        return torch.from_numpy(mapped)[None, None].to(self.device)
+
+    def _take_off(self, y: torch.Tensor, slab: Slab) -> None:
+        """Take off a slab's rows ``y``, in place, what FDK beside it projects to; some slices and views at a time."""
+        import torch
+
+        geometry, rows, views = self.scan.geometry, slab.rows, self.scan.geometry.views
+        low, high = slices_met(geometry, self.grid, rows)
+        thickness, group = self.cores[0].stop, max(1, views // 8)
+        beside = [(low, slab.extended.start), (slab.extended.stop, high)]
+        for start in [k for first, stop in beside for k in range(first, stop, thickness)]:
+            stop = min(start + thickness, slab.extended.start if start < slab.extended.start else high)
+            seen = rows_seeing(geometry, self.grid, start, stop)
+            if seen is None:
+                continue
+            some = slice(max(seen.start, rows.start), min(seen.stop, rows.stop))
+            if some.start >= some.stop:
+                continue
+            physics, x = (
+                self._physics_of(Slab(slice(start, stop), slice(start, stop), some)),
+                self._held(slice(start, stop)),
+            )
+            taken = y[:, :, some.start - rows.start : some.stop - rows.start]
+            for first in range(0, views, group):
+                chosen = slice(first, min(first + group, views))
+                with torch.no_grad():
+                    taken[:, :, :, chosen] -= physics.subset(chosen).A(x)
+                self.control.checkpoint()
 
     def _finished(self, n: int) -> bool:
         return self.work.has(f"slab-{n}.json")
@@ -493,6 +540,15 @@ class SlabsRun(Run[ReconstructionJob]):
         while not there():
             self.control.checkpoint()
             time.sleep(_WAIT)
+
+
+def _claim(file: Path, size: int) -> None:
+    """Make a file of so many bytes: a full disk is to be an error now, not a crash amid writing."""
+    with file.open("wb") as out:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(out.fileno(), 0, size)
+        else:
+            out.truncate(size)
 
 
 class _Work:

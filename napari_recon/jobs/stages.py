@@ -212,7 +212,7 @@ class Run(Generic[AnyJob]):
         self.grid: Grid = self.scan.default_grid(job.shape, job.voxel_size)
         self.shown_grid = self.grid
         if isinstance(job, ReconstructionJob) and self.scan.kind != "mri":
-            self.slab = job.part_of(self.scan.geometry, self.grid)
+            self.slab = prepared.things.get("slab") or job.part_of(self.scan.geometry, self.grid)
         if self.slab is not None:
             self.grid, self.shown_grid = self.slab.grid(self.grid), self.slab.core_grid(self.grid)
         if "y" not in prepared.things or isinstance(job, OperatorJob):  # whose fit takes far more than reading did
@@ -274,7 +274,8 @@ class Run(Generic[AnyJob]):
         updates = FDK(window=window).stream(self.y, self.physics)
         if shown is not None:
             yield from self.follow(updates, shown, to_the_end)
-            self.start = torch.from_numpy(self.volume(shown).copy())[None, None].to(self.y.device)
+            # On the CPU not a copy: what is shown of FDK stays as it is.
+            self.start = torch.from_numpy(self.volume(shown))[None, None].to(self.y.device)
         else:
             self.start = torch.zeros((1, 1, *self.grid.shape), device=self.y.device)
             while (update := advance(updates)) is not None:

@@ -1,7 +1,9 @@
 """A part of a reconstruction along z: the slices that are asked for, the rays that see them, and what these meet.
 
-Every ray that sees the slices is used, and every voxel that such a ray meets is unknown, so that a part is an ordinary
-problem of its own: a smaller grid, fewer detector rows, any method. What comes out at its ends is thrown away.
+Every ray that sees the slices is used. Either every voxel that such a ray meets is unknown, so that a part is an
+ordinary problem of its own: a smaller grid, fewer detector rows, any method. Or what lies beyond a margin is held at
+what is known of it, and its projections are taken off the measurements: in wide cones far less is unknown then. What
+comes out at a part's ends is thrown away.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from napari_recon.scans.grid import Grid
 
 MARGIN = 16
 """Slices on either side of those asked for whose rays are used too: what regularisation and networks see of them."""
+CLIMB = 0.6
+"""Where the rest is held, the margin over how far rays climb along the volume's radius, see docs/benchmarks.md."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Slab:
     core
         The slices that are asked for, along z of the whole grid.
     extended
-        The slices that are reconstructed: all that a used ray meets.
+        The slices that are reconstructed: all that a used ray meets, or the core and a margin.
     rows
         The detector rows that are used: all that see the core and a margin about it, in any view.
     """
@@ -51,7 +55,7 @@ class Slab:
         return whole.crop((self.core, *whole.full_box[1:]))
 
 
-def slab_of(geometry: Geometry, grid: Grid, core: slice, margin: int = MARGIN) -> Slab:
+def slab_of(geometry: Geometry, grid: Grid, core: slice, margin: int = MARGIN, beyond: int | None = None) -> Slab:
     """What it takes to reconstruct some slices.
 
     Parameters
@@ -64,6 +68,9 @@ def slab_of(geometry: Geometry, grid: Grid, core: slice, margin: int = MARGIN) -
         The slices, [start, stop) along z.
     margin
         How many slices about them are seen by all their rays too.
+    beyond
+        How many slices about them are reconstructed with them, the rest being held at what is known of it; None takes
+        all that rays meet.
 
     Raises
     ------
@@ -84,15 +91,38 @@ def slab_of(geometry: Geometry, grid: Grid, core: slice, margin: int = MARGIN) -
             "covers."
         )
     low, high = slices_met(geometry, grid, rows)
+    if beyond is not None:
+        low, high = max(low, start - beyond), min(high, stop + beyond)
     return Slab(slice(start, stop), slice(min(low, start), max(high, stop)), rows)
 
 
-def slabs_of(geometry: Geometry, grid: Grid, thickness: int, margin: int = MARGIN) -> list[Slab]:
+def held_margin(geometry: Geometry, grid: Grid) -> int:
+    """How many slices about a core are reconstructed with it where what lies beyond is held at its FDK.
+
+    What FDK has wrong there is blamed on what lies between first: the steeper rays are, the more slices that takes.
+    """
+    rows = rows_seeing(geometry, grid, 0, grid.shape[0])
+    if rows is None:
+        return MARGIN
+    ends = np.array([rows.start, rows.stop - 1]) - (geometry.detector_shape[0] - 1) / 2
+    if geometry.kind == "cone":
+        ways = geometry.detector_center - geometry.source + ends[:, None, None] * geometry.v  # (2, views, 3)
+    else:
+        ways = geometry.source[None]
+    slope = float((np.abs(ways[..., 2]) / np.linalg.norm(ways[..., :2], axis=-1).clip(1e-6)).max())
+    climb = slope * max(grid.shape[1] * grid.scale[1], grid.shape[2] * grid.scale[2]) / 2 / grid.scale[0]
+    return max(MARGIN, min(grid.shape[0], int(np.ceil(CLIMB * climb))))
+
+
+def slabs_of(
+    geometry: Geometry, grid: Grid, thickness: int, margin: int = MARGIN, beyond: int | None = None
+) -> list[Slab]:
     """The whole grid in slabs of ``thickness`` slices, the last one with what is left; see :func:`slab_of`."""
     if thickness < 1:
         raise ScanError(f"A slab of {thickness} slices is none: choose 1 at least.")
     depth = grid.shape[0]
-    return [slab_of(geometry, grid, slice(k, min(k + thickness, depth)), margin) for k in range(0, depth, thickness)]
+    cores = [slice(k, min(k + thickness, depth)) for k in range(0, depth, thickness)]
+    return [slab_of(geometry, grid, core, margin, beyond) for core in cores]
 
 
 def rows_seeing(geometry: Geometry, grid: Grid, start: int, stop: int) -> slice | None:
