@@ -43,16 +43,24 @@ class Projector(Protocol):
 
 
 def projector_for(rays: Rays, device: torch.device) -> Projector:
-    """The kernels for a device: numba on the CPU, Triton on GPUs for which it can compile, torch elsewhere.
+    """The kernels for a device: numba on the CPU, Triton on GPUs for which it can compile, else ASTRA or torch.
 
-    With the environment variable ``NAPARI_RECON_PROJECTOR=torch`` GPUs are served by torch.
+    ASTRA serves where it is installed and agrees with the exact projectors on a small scan. With the environment
+    variable ``NAPARI_RECON_PROJECTOR`` "astra" is asked before Triton, or "torch" alone.
     """
     if device.type == "cpu":
         return NumbaProjector(rays)
-    if device.type == "cuda" and os.environ.get("NAPARI_RECON_PROJECTOR") != "torch" and _triton_works(device):
-        from napari_recon.physics.projectors.triton_gpu import TritonProjector
+    wanted = os.environ.get("NAPARI_RECON_PROJECTOR")
+    if device.type == "cuda" and wanted != "torch":
+        for name in ("astra", "triton") if wanted == "astra" else ("triton", "astra"):
+            if name == "triton" and _triton_works(device):
+                from napari_recon.physics.projectors.triton_gpu import TritonProjector
 
-        return TritonProjector(rays, device)
+                return TritonProjector(rays, device)
+            if name == "astra" and _astra_works(device):
+                from napari_recon.physics.projectors.astra_gpu import AstraProjector
+
+                return AstraProjector(rays, device)
     return TorchProjector(rays, device)
 
 
@@ -70,6 +78,25 @@ def _triton_works(device: torch.device) -> bool:
         warnings.warn(
             f"Triton cannot compile kernels for {device} here ({reason[0]}): PyTorch's projector is used, which is "
             "several times slower; a C compiler and Python's header files are what is mostly missing.",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+@functools.cache
+def _astra_works(device: torch.device) -> bool:
+    """Whether ASTRA is installed and computes what it should; told once where it is there but does not."""
+    if importlib.util.find_spec("astra") is None:
+        return False
+    try:
+        from napari_recon.physics.projectors.astra_gpu import try_out
+
+        try_out(device)
+    except Exception as error:  # of the driver, or ASTRA itself
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        warnings.warn(
+            f"ASTRA cannot be used on {device} ({reason[0]}): PyTorch's projector is used, which is slower.",
             stacklevel=2,
         )
         return False
