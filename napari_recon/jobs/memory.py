@@ -40,6 +40,8 @@ _FLOAT = 4
 _BATCH = 64 * 2**20
 """How much of the projections is read, and filtered, at a time."""
 _CUDA_LIBRARIES = 2 * 2**30
+_SCRATCH = 4 * 2**20
+"""What kernels and messages take, whatever the volume."""
 _ESPIRIT = 200 * 2**20
 """What estimating coil maps takes on its coarse grid, for eight coils."""
 _CONVOLUTIONS = 64 * 2**20
@@ -188,7 +190,7 @@ def _items(job: ScanJob, geometry: Geometry, grid: Grid, on_gpu: bool, padmm_fil
         shown, kept, steps = _operator_needs(job, grid, volume, projections)
     else:  # coil maps, which projections have none of
         shown, kept, steps = 0, {}, {}
-    stay = {"projections": projections, **kept}
+    stay = {"projections": projections, "scratch": _SCRATCH, **kept}
     if on_gpu or not isinstance(job, ReconstructionJob):  # else it is the FDK that is shown
         stay["start"] = volume
     steps["filtering and back projection"] = 2 * min(projections, _BATCH)
@@ -297,14 +299,14 @@ def _reconstruction_needs(
             stay["normal operator"] = _padded(grid) // 2 + volume
             steps["patches"] += 5 * 8 * patch  # spectra of twice the patch
             if parameters.operator == "fit":
-                steps[_FITTING] = _QUICK_FIT * _padded(grid) + 2 * projections
+                steps[_FITTING] = _QUICK_FIT * _padded(grid) + 2 * projections - stay["normal operator"]
     elif isinstance(parameters, PADMMParameters):
         spectra = parameters.preconditioner in ("circulant", "operator")
         iteration = padmm_bytes(grid, projections, spectra, padmm_files)
         steps["iteration"] = iteration + (projections if parameters.weighted else 0)
         if parameters.preconditioner == "operator":
             stay["normal operator"] = _padded(grid) // 2 + volume
-            steps[_FITTING] = _QUICK_FIT * _padded(grid) + 2 * projections
+            steps[_FITTING] = _QUICK_FIT * _padded(grid) + 2 * projections - stay["normal operator"]
         if parameters.start not in ("fdk", "zeros"):
             stay["another start"] = volume
         if (weights := parameters.start_weights()) is not None:
@@ -315,19 +317,21 @@ def _reconstruction_needs(
         header = read_header(find_weights(parameters.weights))
         edge = parameters.patch or max(grid.shape)
         patch = math.prod(min(edge, n) for n in grid.shape)
-        stay["network"] = _CONVOLUTIONS + 2 * header.path.stat().st_size
-        steps["patches"] = 3 * volume + network_bytes(header.model, _in_bfloat16(job)) * patch
+        stay["network"] = 2 * header.path.stat().st_size
+        features = network_bytes(header.model, _in_bfloat16(job)) * patch
+        steps["patches"] = 3 * volume + features + _CONVOLUTIONS  # which are there from here on
         if header.model.get("init") in ("tv", "least-squares"):
             steps["total variation"] = _tv_bytes(volume, projections)
         if header.model["method"] == "unrolled":
-            steps["data step"] = 6 * volume + _batch_bytes(volume, projections)
+            steps["data step"] = 6 * volume + _batch_bytes(volume, projections) + _CONVOLUTIONS
             if parameters.passes > 1:
                 steps["patches"] += volume
             if parameters.passes > 1 and parameters.operator != "exact":
                 stay["normal operator"] = _padded(grid) // 2 + volume
                 steps["patches"] += 5 * 8 * patch * _FLOAT
                 if parameters.operator == "fit":
-                    steps[_FITTING] = _QUICK_FIT * _padded(grid) + _batch_bytes(volume, projections)
+                    fitting = _QUICK_FIT * _padded(grid) + _batch_bytes(volume, projections)
+                    steps[_FITTING] = fitting - stay["normal operator"]  # which comes of it
     shown = 1 if parameters.method == "fdk" else 2
     if isinstance(parameters, PADMMParameters):
         shown += parameters.start_is_computed
@@ -365,7 +369,10 @@ def network_bytes(model: dict[str, Any], in_bfloat16: bool = False) -> int:
     network = model.get("network", {})
     name, options = network.get("name", "light"), network.get("options", {})
     if name == "light":
-        features, others = 4 * _FLOAT * int(options.get("width", 24)), 0
+        features, others = (
+            round(4.5 * _FLOAT * int(options.get("width", 24))),
+            0,
+        )  # an eighth of it on the coarser grids
     else:
         features = 8 * _FLOAT * int((options.get("channels_per_scale") or options.get("nc") or [64])[0])
         others = 200

@@ -19,7 +19,7 @@ from napari_recon.scans.grid import Grid
 
 MARGIN = 16
 """Slices on either side of those asked for whose rays are used too: what regularisation and networks see of them."""
-CLIMB = 0.6
+CLIMB = 0.8
 """Where the rest is held, the margin over how far rays climb along the volume's radius, see docs/benchmarks.md."""
 
 
