@@ -40,8 +40,8 @@ _FLOAT = 4
 _BATCH = 64 * 2**20
 """How much of the projections is read, and filtered, at a time."""
 _CUDA_LIBRARIES = 2 * 2**30
-_SCRATCH = 4 * 2**20
-"""What kernels and messages take, whatever the volume."""
+_SAMPLES = 2**20
+"""Voxels at most that something is told from at a time: a quantile, a picture."""
 _ESPIRIT = 200 * 2**20
 """What estimating coil maps takes on its coarse grid, for eight coils."""
 _CONVOLUTIONS = 64 * 2**20
@@ -190,7 +190,7 @@ def _items(job: ScanJob, geometry: Geometry, grid: Grid, on_gpu: bool, padmm_fil
         shown, kept, steps = _operator_needs(job, grid, volume, projections)
     else:  # coil maps, which projections have none of
         shown, kept, steps = 0, {}, {}
-    stay = {"projections": projections, "scratch": _SCRATCH, **kept}
+    stay = {"projections": projections, "scratch": min(grid.voxels, _SAMPLES) * _FLOAT, **kept}
     if on_gpu or not isinstance(job, ReconstructionJob):  # else it is the FDK that is shown
         stay["start"] = volume
     steps["filtering and back projection"] = 2 * min(projections, _BATCH)
@@ -311,7 +311,7 @@ def _reconstruction_needs(
             stay["another start"] = volume
         if (weights := parameters.start_weights()) is not None:
             header = read_header(find_weights(weights))
-            network = _CONVOLUTIONS + network_bytes(header.model) * min(64**3, grid.voxels)
+            network = _CONVOLUTIONS // 2 + network_bytes(header.model) * min(64**3, grid.voxels)  # which is applied once
             steps["start"] = max(_tv_bytes(volume, projections), 3 * volume + network)
     elif isinstance(parameters, UnrolledParameters):
         header = read_header(find_weights(parameters.weights))
