@@ -311,7 +311,7 @@ def _reconstruction_needs(
             stay["another start"] = volume
         if (weights := parameters.start_weights()) is not None:
             header = read_header(find_weights(weights))
-            network = _CONVOLUTIONS // 2 + network_bytes(header.model) * min(64**3, grid.voxels)  # which is applied once
+            network = _CONVOLUTIONS // 2 + network_bytes(header.model) * min(64**3, grid.voxels)  # applied once
             steps["start"] = max(_tv_bytes(volume, projections), 3 * volume + network)
     elif isinstance(parameters, UnrolledParameters):
         header = read_header(find_weights(parameters.weights))
