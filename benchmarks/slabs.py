@@ -1,11 +1,14 @@
 """A volume in slabs against the same at once: memory, seconds, how far apart they are; and killed half-way, resumed.
 
     napari-recon bench slabs               (or python -m benchmarks.slabs [SIZE VIEWS SLABS [METHOD ...]])
+    python -m benchmarks.slabs --margins [SIZE VIEWS SLABS]
 
 The scanner and the phantom are those of ``napari-recon simulate walnut``. Every job runs in a process of its own, after
 a small one that loads the libraries and compiles the kernels: the peak of resident memory is that over what was held
 then. PSNR is against the true volume, and of the volume in slabs against the one at once; "seam" is the root mean
 square of how that difference jumps from slice to slice at the borders of slabs, over the same elsewhere: 1 is no seam.
+``--margins`` tells what the margin about a slab costs and gains, beyond which FDK is held: TV of the slabs against that
+of the whole, in one process.
 """
 
 from __future__ import annotations
@@ -82,6 +85,46 @@ def _compared(folder: Path, scan: Path, size: int, parameters: dict[str, Any], t
     return row
 
 
+def margins(size: int = 96, views: int = 24, slabs: int = 6) -> list[dict[str, Any]]:
+    """How far TV in slabs is from TV of the whole, by the margin; prints the table."""
+    from napari_recon.jobs import Control, ReconstructionJob, run_job
+    from napari_recon.jobs.messages import Finished
+    from napari_recon.jobs.volumes import read_volume
+    from napari_recon.learning.simulate import simulate
+    from napari_recon.scans import open_scan
+    from napari_recon.scans import slabs as parts
+
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        scan = simulate("walnut", folder / "scan", size=size, views=views, seed=0)
+        opened = open_scan(scan)
+        fields = {"scan": str(scan), "shape": (size,) * 3, "parameters": METHODS["TV"], "device": "cpu"}
+        truth, control = read_volume(scan / "truth.tif").data, Control()
+        assert isinstance(list(run_job(ReconstructionJob.model_validate(fields), control))[-1], Finished)
+        whole = control.volumes["result"]
+        geometry, grid = opened.geometry, opened.default_grid((size,) * 3)
+        kept = parts.MARGIN, parts.CLIMB
+        try:
+            for part in (0.3, 0.5, 0.6, 0.8, 1.0):
+                parts.MARGIN, parts.CLIMB = 4, part
+                output = folder / f"{part}.ome.zarr"
+                job = ReconstructionJob.model_validate({**fields, "output": str(output), "slab": -(-size // slabs)})
+                assert isinstance(list(run_job(job))[-1], Finished)
+                found = read_volume(output).data
+                row = {"part": part, "margin": parts.held_margin(geometry, grid)}
+                row |= {"between": _psnr(found, whole), "psnr": _psnr(found, truth), "whole_psnr": _psnr(whole, truth)}
+                rows.append(row)
+                print(
+                    f"{size}³, {views} views, {part:.1f} of the climb: {row['margin']:3d} slices   between "
+                    f"{row['between']:5.1f} dB   to the truth {row['psnr']:.2f} dB (whole {row['whole_psnr']:.2f})",
+                    flush=True,
+                )
+        finally:
+            parts.MARGIN, parts.CLIMB = kept
+    return rows
+
+
 def _psnr(a: Any, b: Any) -> float:
     return float(10 * np.log10(np.ptp(b) ** 2 / max(np.mean((a - b) ** 2), 1e-30)))
 
@@ -149,6 +192,8 @@ def _resumed(folder: Path, scan: Path, thickness: int) -> dict[str, Any]:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:
         print(json.dumps(_one(sys.argv[2])))
+    elif sys.argv[1:2] == ["--margins"]:
+        margins(*map(int, sys.argv[2:]))
     else:
         size, views, slabs = [*map(int, sys.argv[1:4]), *(64, 24, 4)[len(sys.argv[1:4]) :]]
         run(size, views, slabs, sys.argv[4:])
