@@ -435,12 +435,13 @@ print((peak_memory() - before) / plan_memory(job).host_bytes)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parameters", ALL, ids=lambda p: f"{p.method}-{getattr(p, 'patch', '')}")
-def test_the_plan_is_what_it_takes(scan, parameters):
+def test_the_plan_is_what_it_takes(scan, parameters, tmp_path):
     if getattr(parameters, "patch", None):
         parameters = parameters.model_copy(update={"patch": 48})
     job = make_job(scan, parameters, shape=(96,) * 3)
     # As large blocks do, small ones go back to the system when they are freed: what is resident is what is used.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path)}  # where no operator is kept yet
     called = [sys.executable, "-c", MEASURE, job.model_dump_json()]
     taken = float(subprocess.check_output(called, text=True, env=environment))
     assert 0.8 < taken < 1.15

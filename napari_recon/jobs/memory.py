@@ -286,7 +286,7 @@ def _reconstruction_needs(
 ) -> Needs:
     parameters = job.parameters
     stay: dict[str, int] = {}
-    steps = {"measuring": round(1.6 * volume + 0.8 * projections)}
+    steps = {"measuring": round(volume + 0.8 * projections)}
     if parameters.method == "sirt":
         steps["iteration"] = 4 * volume + 3 * projections + min(projections, _BATCH // 4)
     elif parameters.method == "tv" and parameters.patch is None:
@@ -294,7 +294,7 @@ def _reconstruction_needs(
     elif parameters.method == "tv" and parameters.patch is not None:
         patch = math.prod(min(parameters.patch, n) for n in grid.shape) * _FLOAT
         steps["global steps"] = round(6.5 * volume) + 2 * projections
-        steps["patches"] = 3 * volume + projections + 30 * patch
+        steps["patches"] = 4 * volume + projections + 30 * patch
         if parameters.operator != "exact":
             stay["normal operator"] = _padded(grid) // 2 + volume
             steps["patches"] += 5 * 8 * patch  # spectra of twice the patch
