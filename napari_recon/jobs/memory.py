@@ -318,12 +318,13 @@ def _reconstruction_needs(
         edge = parameters.patch or max(grid.shape)
         patch = math.prod(min(edge, n) for n in grid.shape)
         stay["network"] = 2 * header.path.stat().st_size
-        features = network_bytes(header.model, _in_bfloat16(job)) * patch
-        steps["patches"] = 3 * volume + features + _CONVOLUTIONS  # which are there from here on
+        short = _in_bfloat16(job)
+        convolutions = _CONVOLUTIONS // 2 if short else _CONVOLUTIONS  # which are there from the first patch on
+        steps["patches"] = 3 * volume + network_bytes(header.model, short) * patch + convolutions
         if header.model.get("init") in ("tv", "least-squares"):
             steps["total variation"] = _tv_bytes(volume, projections)
         if header.model["method"] == "unrolled":
-            steps["data step"] = 6 * volume + _batch_bytes(volume, projections) + _CONVOLUTIONS
+            steps["data step"] = 6 * volume + _batch_bytes(volume, projections) + convolutions
             if parameters.passes > 1:
                 steps["patches"] += volume
             if parameters.passes > 1 and parameters.operator != "exact":
@@ -369,10 +370,8 @@ def network_bytes(model: dict[str, Any], in_bfloat16: bool = False) -> int:
     network = model.get("network", {})
     name, options = network.get("name", "light"), network.get("options", {})
     if name == "light":
-        features, others = (
-            round(4.5 * _FLOAT * int(options.get("width", 24))),
-            0,
-        )  # an eighth of it on the coarser grids
+        sets = 4 if in_bfloat16 else 4.5  # the coarser grids' beside the finest one's
+        features, others = round(sets * _FLOAT * int(options.get("width", 24))), 0
     else:
         features = 8 * _FLOAT * int((options.get("channels_per_scale") or options.get("nc") or [64])[0])
         others = 200
