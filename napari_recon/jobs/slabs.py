@@ -354,6 +354,8 @@ class SlabsRun(Run[ReconstructionJob]):
             core, name = self.cores[n], f"slab {n + 1} of {count}"
             values = np.zeros((core.stop - core.start, *self.grid.shape[1:]), np.float32)
             if self._is_seen(core):  # else nothing is known of it
+                if not isinstance(self.job.parameters, FDKParameters):
+                    yield Stage(name, "projecting what lies beside it")
                 part = self._run_of(core)
                 for message in part.reconstruction():
                     if isinstance(message, Stage):
