@@ -516,6 +516,8 @@ class PreconditionedTV(StreamingReconstructor):
                 across = max(physics.grid.shape[1:])
                 weight = min(WEIGHT_PER_VIEW * physics.geometry.views / across, LARGEST_WEIGHT)
         method = TV(self.iterations, weight, nonnegative=not is_mri(physics))
-        updates = method.stream(y, physics, init=start, reference=start if reference is None else reference)
+        if reference is None:  # something as bright, or the start would be held throughout
+            reference = start.new_full((1,) * start.ndim, brightness(start))
+        held = [start]
         del start
-        yield from updates
+        yield from method.stream(y, physics, init=lambda *_: held.pop(), reference=reference)
