@@ -88,6 +88,13 @@ def test_where_the_rest_is_held_the_unknown_slices_grow_with_the_cone_only():
     assert margins[0] == margins[1] == MARGIN
     assert MARGIN < margins[2] < margins[3]
     wide = Geometry.cone(ANGLES, (800, 240), 1.0, 250.0, 500.0)
+    for rising in (np.linspace(-100, 100, len(ANGLES)), 600.0):  # a helix, laminography: FDK is none to hold
+        vectors = wide.vectors.copy()
+        vectors[:, 2] += rising
+        vectors[:, 5] += rising if np.ndim(rising) else -rising
+        assert held_margin(Geometry(vectors, wide.detector_shape, "cone"), grid) is None
+    wobbling = wide.vectors + np.random.default_rng(0).normal(0, 0.5, wide.vectors.shape) * (np.arange(12) < 6)
+    assert held_margin(Geometry(wobbling, wide.detector_shape, "cone"), grid) == pytest.approx(margins[3], abs=3)
     for core in (slice(0, 20), slice(100, 120)):
         full, held = slab_of(wide, grid, core), slab_of(wide, grid, core, beyond=margins[3])
         assert held.rows == full.rows

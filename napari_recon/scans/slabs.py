@@ -21,6 +21,8 @@ MARGIN = 16
 """Slices on either side of those asked for whose rays are used too: what regularisation and networks see of them."""
 CLIMB = 0.8
 """Where the rest is held, the margin over how far rays climb along the volume's radius, see docs/benchmarks.md."""
+FLAT = 0.1
+"""How far an orbit may rise, as a part of the volume's height, or parallel rays, and still be taken for a circle."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,14 @@ def slab_of(geometry: Geometry, grid: Grid, core: slice, margin: int = MARGIN, b
     return Slab(slice(start, stop), slice(min(low, start), max(high, stop)), rows)
 
 
-def held_margin(geometry: Geometry, grid: Grid) -> int:
+def held_margin(geometry: Geometry, grid: Grid) -> int | None:
     """How many slices about a core are reconstructed with it where what lies beyond is held at its FDK.
 
     What FDK has wrong there is blamed on what lies between first: the steeper rays are, the more slices that takes.
+    None where the orbit is no circle about z, as a helix or laminography, so that FDK is none to hold anything at.
     """
+    if not _is_circular(geometry, grid):
+        return None
     rows = rows_seeing(geometry, grid, 0, grid.shape[0])
     if rows is None:
         return MARGIN
@@ -112,6 +117,17 @@ def held_margin(geometry: Geometry, grid: Grid) -> int:
     slope = float((np.abs(ways[..., 2]) / np.linalg.norm(ways[..., :2], axis=-1).clip(1e-6)).max())
     climb = slope * max(grid.shape[1] * grid.scale[1], grid.shape[2] * grid.scale[2]) / 2 / grid.scale[0]
     return max(MARGIN, min(grid.shape[0], int(np.ceil(CLIMB * climb))))
+
+
+def _is_circular(geometry: Geometry, grid: Grid) -> bool:
+    """Whether FDK suits the orbit: a circle about z, nearly, at the height of the volume."""
+    if geometry.kind == "parallel":
+        direction = geometry.source
+        return bool((np.abs(direction[:, 2]) <= FLAT * np.linalg.norm(direction, axis=1)).all())
+    height, middle = grid.extent[0], grid.center[2]
+    z = geometry.source[:, 2]
+    rises = float(np.ptp(z)) > FLAT * height + 2 * grid.scale[0]
+    return not rises and bool(abs(float(np.median(z)) - middle) <= height)
 
 
 def slabs_of(
