@@ -82,7 +82,7 @@ def main() -> None:
         )
 
     print("\nrays and voxels of all slabs over those of the volume; of the fullest slab; TV of the fullest on a GPU")
-    for angle in (0.5, 2.0, 5.0, 8.0, 10.0, 20.0):
+    for angle in (0.5, 2.0, 5.0, 8.0, 10.0, 16.0, 20.0):
         geometry = cone(angle)
         parts, scan = slabs_on(geometry, N // GPUS), scan_of(geometry)
         found = np.array([shares(slab) for slab in parts])
@@ -104,6 +104,16 @@ def main() -> None:
     print(f"learned, {PAIRS} pairs: one GPU {(PAIRS * pairs.sum() + network * found[:, 1].sum()) / 3600:.0f} h")
     most = network * float(found[:, 1].max())
     print(f"  {GPUS} GPUs by slabs {(PAIRS * pairs.max() + most) / 3600:.1f} h, of which the networks {most:.0f} s")
+    thin = slabs_on(cone(HALF_CONE), N // GPUS // 2)
+    shared = [shares(slab) for slab in thin]
+    hours = [(PAIRS * (forward * min(r, v) + adjoint * v) + network * v) / 3600 for r, v in shared]
+    tv = max(planned(scan_of(cone(HALF_CONE)), slab, TVParameters(patch=None)) for slab in thin)
+    print(
+        f"{len(thin)} slabs: rays {sum(r for r, _ in shared):.1f}, voxels {sum(v for _, v in shared):.1f} of the whole,"
+    )
+    print(f"  {min(hours):.1f} to {max(hours):.1f} h each (of {GPUS}:", end=" ")
+    hours = [(PAIRS * pair + network * v) / 3600 for pair, (_, v) in zip(pairs, found, strict=True)]
+    print(f"{min(hours):.1f} to {max(hours):.1f} h), TV of the fullest {tv:.0f} GB")
     print(f"disk: reading {PROJECTIONS / DISK:.0f} s, writing with the pyramid {8 / 7 * VOLUME / DISK:.0f} s")
 
 
