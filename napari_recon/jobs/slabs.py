@@ -467,18 +467,14 @@ class SlabsRun(Run[ReconstructionJob]):
         low, high = slices_met(geometry, self.grid, rows)
         thickness, group = self.cores[0].stop, max(1, views // 8)
         beside = [(low, slab.extended.start), (slab.extended.stop, high)]
-        for start in [k for first, stop in beside for k in range(first, stop, thickness)]:
-            stop = min(start + thickness, slab.extended.start if start < slab.extended.start else high)
-            seen = rows_seeing(geometry, self.grid, start, stop)
+        for here in [slice(k, min(k + thickness, end)) for first, end in beside for k in range(first, end, thickness)]:
+            seen = rows_seeing(geometry, self.grid, here.start, here.stop)
             if seen is None:
                 continue
             some = slice(max(seen.start, rows.start), min(seen.stop, rows.stop))
             if some.start >= some.stop:
                 continue
-            physics, x = (
-                self._physics_of(Slab(slice(start, stop), slice(start, stop), some)),
-                self._held(slice(start, stop)),
-            )
+            physics, x = self._physics_of(Slab(here, here, some)), self._held(here)
             taken = y[:, :, some.start - rows.start : some.stop - rows.start]
             for first in range(0, views, group):
                 chosen = slice(first, min(first + group, views))
